@@ -1,0 +1,16 @@
+"""Sphinx configuration."""
+
+from vitkit import __version__
+
+project = "vitkit"
+author = "the vitkit developers"
+release = __version__
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.doctest", "sphinx.ext.viewcode"]
+html_theme = "furo"
+html_title = f"vitkit {__version__}"
+exclude_patterns = ["_build"]
+myst_enable_extensions = ["colon_fence", "dollarmath"]
+autodoc_member_order = "bysource"
+autodoc_typehints = "description"
+nitpicky = False
+suppress_warnings = ["myst.header"]

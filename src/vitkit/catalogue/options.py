@@ -1,0 +1,141 @@
+"""Which options a method takes, read from its own signature and docstring."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from dataclasses import dataclass
+from typing import Any
+
+#: parameters that the toolkit fills in itself: the model, the data, and the place of a part in its host
+_GIVEN = {
+    "self",
+    "cls",
+    "old",
+    "old_module",
+    "spec",
+    "model",
+    "images",
+    "labels",
+    "targets",
+    "params",
+    "generator",
+    "progress",
+    "device",
+    "dtype",
+    "dim",
+    "num_heads",
+    "head_dim",
+    "grid",
+    "num_prefix",
+    "depth",
+    "num_blocks",
+    "seq_len",
+}
+
+#: options that mean the same wherever they occur, so not every docstring repeats them
+_EVERYWHERE = {"warm": "start from what fits of the weights that stood in the slot before"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """One option of a method.
+
+    Attributes: name; type as the signature writes it; default as Python writes it ("required" if there is none);
+    meaning: the line of the docstring's Args, or the empty string.
+    """
+
+    name: str
+    type: str
+    default: str
+    meaning: str
+
+
+def options(found: Any) -> list[Option]:
+    """The options of a part, transform, probe, objective or optimizer, in the order of its signature.
+
+    What the toolkit gives itself (model, images, the place in the host) is left out. For a part the options are those
+    of ``from_standard``; where that passes on ``**options``, those of the constructor follow.
+
+    Args:
+        found: the function or class behind a method.
+    """
+    sources: list[Any] = []
+    if inspect.isclass(found):
+        starter = getattr(found, "from_standard", None)
+        if starter is None:
+            sources = [found.__init__]
+        else:
+            sources = [starter]
+            if any(p.kind is p.VAR_KEYWORD for p in _parameters(starter)):
+                sources.append(found.__init__)
+    else:
+        sources = [found]
+    meanings = _meanings(found)
+    rows: dict[str, Option] = {}
+    for source in sources:
+        meanings = {**_meanings(source), **meanings}
+        for p in _parameters(source):
+            hidden = p.name in _GIVEN or p.name.startswith("_") or p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+            if not hidden and p.name not in rows:
+                meaning = meanings.get(p.name) or _EVERYWHERE.get(p.name, "")
+                rows[p.name] = Option(name=p.name, type=_type(p), default=_default(p), meaning=meaning)
+    return list(rows.values())
+
+
+def required(found: Any) -> list[str]:
+    """What must be given to call ``found``: names the toolkit knows as they are, others as ``name=…``."""
+    return [
+        p.name if p.name in _GIVEN else f"{p.name}=…"
+        for p in _parameters(found)
+        # images are optional for transforms that can do without calibration, but mostly wanted
+        if (p.default is p.empty or p.name == "images") and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+    ]
+
+
+def _parameters(source: Any) -> list[inspect.Parameter]:
+    return list(inspect.signature(source).parameters.values())
+
+
+def _type(parameter: inspect.Parameter) -> str:
+    annotation = parameter.annotation
+    if annotation is parameter.empty:
+        return ""
+    return annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
+
+
+def _default(parameter: inspect.Parameter) -> str:
+    if parameter.default is parameter.empty:
+        return "required"
+    value = parameter.default
+    if isinstance(value, float) and len(repr(value)) > 8:
+        # strengths of attacks are multiples of 1/255, and unreadable as decimals
+        whole = round(value * 255, 6)
+        return f"{whole:.0f}/255" if whole == int(whole) else f"{value:.6g}"
+    return getattr(value, "__name__", None) or repr(value)
+
+
+def _meanings(found: Any) -> dict[str, str]:
+    """Lines of the Google-style ``Args`` section: name -> meaning on one line."""
+    lines = (inspect.getdoc(found) or "").splitlines()
+    start = next((i for i, line in enumerate(lines) if line.strip() in ("Args:", "Arguments:")), None)
+    if start is None:
+        return {}
+    meanings: dict[str, str] = {}
+    current = ""
+    indent: int | None = None
+    for line in lines[start + 1 :]:
+        if not line.strip():
+            continue
+        depth = len(line) - len(line.lstrip())
+        if depth == 0:
+            break
+        indent = depth if indent is None else indent
+        named = re.match(r"\s*([\w, *]+?)\s*(?:\([^)]*\))?:\s+(.*)", line)
+        if depth == indent and named:
+            current = named.group(1)
+            meanings[current] = named.group(2)
+        elif current:
+            meanings[current] += f" {line.strip()}"
+    # "height, width: sides in pixels" explains both
+    return {n.strip(" *"): text for names, text in meanings.items() for n in names.split(",")}

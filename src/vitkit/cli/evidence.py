@@ -1,0 +1,76 @@
+"""``vitkit evidence``: run the small experiment behind a method's claim."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def evidence(
+    name: Annotated[str, typer.Argument(help="A method, an entry of the catalogue or an arXiv id.")],
+    seeds: Annotated[str, typer.Option("--seeds", help="Whole numbers, separated by commas.")] = "0,1,2",
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder for the result file; evidence/ of the project if not given.")
+    ] = None,
+) -> None:
+    """Run the small experiment behind a method's claim, print its table and keep it as evidence/ARXIV-ID.json."""
+    from vitkit.cli.console import console
+    from vitkit.evidence.runner import run_evidence
+
+    numbers = _seeds(seeds)
+    screen = console()
+    with screen.status(f"{name}: starting") as status:
+
+        def progress(what: str, done: int, total: int) -> None:
+            status.update(f"{name}: {what} {done}/{total}")
+
+        record, path = run_evidence(name, seeds=numbers, out=out, progress=progress)
+    print_record(screen, record)
+    screen.print(f"\nWritten to {path}", soft_wrap=True)
+
+
+def print_record(screen: Any, record: dict[str, Any]) -> None:
+    """The claim, whether it showed, and the table of an evidence file."""
+    from rich.text import Text
+
+    from vitkit.cli.console import table
+
+    verdict = {True: "shown", False: "not shown", None: "undecided"}[record["shown"]]
+    screen.print(Text(f"Claim: {record['claim']}"))
+    screen.print(Text(f"In this experiment: {verdict}", style="bold"))
+    columns = list(record["rows"][0])
+    numeric = tuple(c for c in columns if all(isinstance(r[c], (int, float)) for r in record["rows"]))
+    rows = table(*columns, right=numeric)
+    for row in record["rows"]:
+        rows.add_row(*(Text(_cell(row[c])) for c in columns))
+    screen.print(rows)
+    if record.get("notes"):
+        screen.print(Text(record["notes"]))
+    settings = ", ".join(f"{k}={v}" for k, v in record.get("settings", {}).items())
+    seeds = ", ".join(map(str, record["seeds"]))
+    took = f"{record['duration_s']:.0f} s on {record['machine']['cpu']}"
+    screen.print(Text(f"Settings: {settings or 'none'}. Seeds: {seeds}. {took}."))
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return str(value)
+
+
+def _seeds(text: str) -> tuple[int, ...]:
+    from vitkit.errors import BadInput
+
+    try:
+        numbers = tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise BadInput(f"--seeds {text!r} must be whole numbers separated by commas, like 0,1,2.") from error
+    if len(set(numbers)) != len(numbers) or min(numbers) < 0:
+        raise BadInput(f"--seeds {text!r} must be different numbers, none below zero.")
+    return numbers

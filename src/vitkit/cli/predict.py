@@ -1,0 +1,81 @@
+"""``vitkit predict``: use a model that a study exported."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def predict(
+    model: Annotated[Path, typer.Argument(help="Folder of the model, e.g. studies/digits/models/vit.")],
+    images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.")],
+    top: Annotated[int, typer.Option(min=1, help="How many classes to show.")] = 3,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Label images with a model that a study exported."""
+    rows = predict_files(model, images)
+    if as_json:
+        from vitkit.cli.console import print_json
+
+        print_json(rows)
+        return
+    from vitkit.cli.console import console, table
+
+    out = table("image", "prediction", wrap="prediction")
+    for row in rows:
+        if "error" in row:
+            out.add_row(row["image"], f"not read: {row['error']}")
+        elif "value" in row:
+            out.add_row(row["image"], ", ".join(f"{v:.4g}" for v in row["value"]))
+        else:
+            best = sorted(row["probabilities"].items(), key=lambda kv: -kv[1])[:top]
+            out.add_row(row["image"], ", ".join(f"{name} {p:.1%}" for name, p in best))
+    console().print(out)
+
+
+def predict_files(folder: Path, images: list[Path]) -> list[dict[str, Any]]:
+    """Predictions of a model folder for image files.
+
+    Returns: one row per file: ``{"image", "label", "probabilities"}``, ``{"image", "value"}`` for regression, or
+    ``{"image", "error"}`` for a file that could not be read.
+
+    Raises: BadInput when the folder holds no model or a path does not exist.
+    """
+    import torch
+
+    from vitkit.data import read_image
+    from vitkit.errors import BadInput
+    from vitkit.models.io import load_model
+
+    model, config = load_model(folder)
+    files: list[Path] = []
+    for path in images:
+        if path.is_dir():
+            files += sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
+        elif path.exists():
+            files.append(path)
+        else:
+            raise BadInput(f"There is no file {path}.")
+    rows: list[dict[str, Any]] = []
+    for file in files:
+        try:
+            pixels = read_image(file, image_size=config.image_size, in_chans=config.in_chans)
+        except BadInput as error:
+            rows.append({"image": str(file), "error": str(error)})
+            continue
+        with torch.inference_mode():
+            output = model(pixels.unsqueeze(0)).float()[0]
+        if config.task == "regress":
+            rows.append({"image": str(file), "value": output.tolist()})
+            continue
+        probs = output.sigmoid() if config.task == "multilabel" else output.softmax(-1)
+        named = dict(zip(config.classes, probs.tolist()))
+        label = (
+            [name for name, p in named.items() if p > 0.5]
+            if config.task == "multilabel"
+            else max(named, key=lambda n: named[n])
+        )
+        rows.append({"image": str(file), "label": label, "probabilities": named})
+    return rows

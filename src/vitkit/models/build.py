@@ -1,0 +1,88 @@
+"""One call from a name to a model with the chosen parts in its slots."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import timm
+from torch import nn
+
+from vitkit.errors import BadInput, VitkitError, unknown
+from vitkit.models import presets  # noqa: F401 - registers the presets with timm
+from vitkit.models.rehost import rehost
+from vitkit.models.swap import _ALIASES, SLOTS, swap
+from vitkit.models.vit import ViT
+
+
+def build(name: str = "vit_pico", *, pretrained: bool = False, **options: Any) -> nn.Module:
+    """Build a model by name and fill its slots.
+
+    >>> model = build("vit_pico", img_size=8, in_chans=1, num_classes=10)
+    >>> type(model).__name__, model.patch_embed.grid_size
+    ('ViT', (4, 4))
+
+    Args:
+        name: a preset (``vit_femto``, ``vit_pico``, ``vit_nano``, ``vit_micro``) or any timm model name; plain ViTs
+            are re-hosted.
+        pretrained: load timm's pretrained weights (needs the network or a cache).
+        options: slot names (``mixer="…"``, ``normalizer=("sinkhorn", {"steps": 3})``; several parts for one slot as a
+            list), everything else goes to timm's constructor (``num_classes``, ``img_size``, ``in_chans``, …).
+
+    Returns: a :class:`~vitkit.models.vit.ViT` for plain ViTs, else timm's model; ``model.swaps`` lists the swaps.
+
+    Raises:
+        UnknownName: no such model, slot or part. BadInput: slots asked of a model that is not a plain ViT.
+    """
+    slots = {k: options.pop(k) for k in list(options) if k in SLOTS or k in _ALIASES}
+    model = create(name, pretrained=pretrained, **options)
+    records = [
+        swap(model, slot, part, **part_options)
+        for slot, value in slots.items()
+        if value is not None
+        for part, part_options in _as_parts(value)
+    ]
+    model.swaps = records  # type: ignore[assignment]
+    return model
+
+
+def create(name: str, *, pretrained: bool = False, **options: Any) -> nn.Module:
+    """A timm model by name; a plain ViT comes back re-hosted (same tensors, checked)."""
+    if not timm.is_model(name.split(".")[0]):
+        raise unknown("model", name, timm.list_models(), "timm.list_models()")
+    try:
+        model = timm.create_model(name, pretrained=pretrained, **options)
+    except TypeError as error:
+        if "img_size" in options and "img_size" in str(error):
+            # convolutional networks take any size and have no such argument
+            model = timm.create_model(
+                name, pretrained=pretrained, **{k: v for k, v in options.items() if k != "img_size"}
+            )
+        else:
+            raise BadInput(f"Cannot create {name!r}: {error}.") from error
+    except (OSError, RuntimeError) as error:
+        if pretrained:
+            raise VitkitError(
+                f"The pretrained weights of {name!r} could not be loaded ({error}). Without a network, pass a local "
+                "file with checkpoint_path=…, or use pretrained=False."
+            ) from error
+        raise
+    return rehost(model) if _is_plain(model) else model
+
+
+def _is_plain(model: nn.Module) -> bool:
+    from timm.models.vision_transformer import Attention, Block, VisionTransformer
+
+    return isinstance(model, ViT) or (
+        type(model) is VisionTransformer and all(type(b) is Block and type(b.attn) is Attention for b in model.blocks)
+    )
+
+
+def _as_parts(value: Any) -> list[tuple[Any, dict[str, Any]]]:
+    if isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], dict):
+        return [(value[0], value[1])]
+    if isinstance(value, list):
+        return [pair for item in value for pair in _as_parts(item)]
+    if isinstance(value, dict):
+        rest = dict(value)
+        return [(rest.pop("name"), rest)]
+    return [(value, {})]

@@ -1,0 +1,35 @@
+"""Which attention scores count: shared by the normalizers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vitkit.errors import BadInput
+
+
+def allowed_entries(scores: Tensor, mask: Tensor | None) -> Tensor:
+    """Bool tensor, True where a query may attend to a key: inside ``mask`` and not forbidden by a score of -inf.
+
+    NaN scores stay allowed, so that a broken model is seen and not masked away.
+    """
+    open_ = scores != -torch.inf
+    return open_ if mask is None else open_ & mask
+
+
+def refuse_mask(mask: Tensor | None, who: str) -> None:
+    """Raise for normalizers whose matrix is doubly stochastic only as a whole.
+
+    Raises: BadInput if there is a mask.
+    """
+    if mask is not None:
+        raise BadInput(
+            f"{who} was given a mask (padded or dropped tokens). Its matrix is doubly stochastic only over all tokens; "
+            "cutting rows and columns out breaks that. Give every image the same number of tokens, or use the "
+            "normalizer 'sinkhorn', which stays doubly stochastic over the valid tokens."
+        )
+
+
+def full_precision(scores: Tensor) -> Tensor:
+    """Scores in at least float32: sums over a row lose three digits in bfloat16."""
+    return scores.to(torch.promote_types(scores.dtype, torch.float32))

@@ -1,0 +1,55 @@
+"""Softmax on scores of unit spread."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from vitkit.errors import BadInput
+from vitkit.models.parts.normalizers.masking import allowed_entries, full_precision
+from vitkit.models.spec import PartSpec
+
+
+class NormSoftmax(nn.Module):
+    """Softmax whose sharpness does not depend on how large the scores happen to be.
+
+    ``P = softmax(S / sd(S))`` where sd is the standard deviation over all allowed entries of one attention matrix
+    (one image, one head), taken as a constant in the backward pass. Equal scores give uniform attention.
+
+    Args:
+        eps: floor of sd (no unit), against division by zero.
+
+    Shape: scores (B, H, n, n), mask (B, 1, n, n) bool or None → (B, H, n, n), same dtype; computed in float32 or more.
+    Raises: BadInput if ``eps`` is not positive.
+    Paper: Born et al., Quantum Doubly Stochastic Transformers, arXiv:2504.16275 (a baseline there).
+    Departs from the paper: whose standard deviation it is (matrix, row or batch) is not said there; the matrix is
+    used, so that an image's attention does not depend on the other images of the batch.
+    """
+
+    slot = "normalizer"
+    preserves = "none"
+
+    def __init__(self, eps: float = 1e-6) -> None:
+        super().__init__()
+        if not eps > 0:
+            raise BadInput(f"eps={eps} of NormSoftmax must be positive, for example 1e-6.")
+        self.eps = eps
+
+    @classmethod
+    def from_standard(cls, old: nn.Module | None, spec: PartSpec, warm: bool = True, eps: float = 1e-6) -> NormSoftmax:
+        """There are no weights, so ``warm`` changes nothing."""
+        return cls(eps)
+
+    def forward(self, scores: Tensor, mask: Tensor | None = None) -> Tensor:
+        allowed = allowed_entries(scores, mask)
+        alive = allowed.any(-1, keepdim=True)
+        s = full_precision(scores).masked_fill(~allowed, 0.0)
+        count = allowed.sum((-2, -1), keepdim=True).clamp(min=1)
+        mean = s.detach().sum((-2, -1), keepdim=True) / count
+        spread = ((s.detach() - mean).square() * allowed).sum((-2, -1), keepdim=True) / count
+        # the mean is taken off before dividing: equal scores must stay equal after division by a tiny eps
+        s = (s - mean) / spread.sqrt().clamp(min=self.eps)
+        return (s.masked_fill(~allowed & alive, -torch.inf).softmax(-1) * alive).to(scores.dtype)
+
+    def extra_repr(self) -> str:
+        return f"eps={self.eps}"

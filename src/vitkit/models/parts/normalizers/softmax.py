@@ -1,0 +1,35 @@
+"""Plain softmax as a normalizer: the baseline of this slot."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from vitkit.models.parts.normalizers.masking import allowed_entries, full_precision
+from vitkit.models.spec import PartSpec
+
+
+class Softmax(nn.Module):
+    """The host's own softmax on the explicit attention path, to compare other normalizers at equal cost.
+
+    ``P_ij = exp(S_ij) / Σ_k exp(S_ik)`` over the allowed keys k; a query without any gets a row of zeros.
+
+    Shape: scores (B, H, n, n), mask (B, 1, n, n) bool or None → (B, H, n, n), same dtype.
+    Paper: Vaswani et al., Attention Is All You Need, arXiv:1706.03762, eq. 1.
+    Departs from the paper: nothing.
+    """
+
+    slot = "normalizer"
+    preserves = "exact"
+
+    @classmethod
+    def from_standard(cls, old: nn.Module | None, spec: PartSpec, warm: bool = True) -> Softmax:
+        """There are no weights, so ``warm`` changes nothing."""
+        return cls()
+
+    def forward(self, scores: Tensor, mask: Tensor | None = None) -> Tensor:
+        allowed = allowed_entries(scores, mask)
+        alive = allowed.any(-1, keepdim=True)
+        # a row of -inf alone would give NaN: let it see everything, then zero it
+        s = full_precision(scores).masked_fill(~allowed & alive, -torch.inf).masked_fill(~alive, 0.0)
+        return (s.softmax(-1) * alive).to(scores.dtype)

@@ -1,0 +1,1 @@
+"""What a model does when the input turns against it: attacks, robustness, rejection of doubtful answers."""

@@ -1,0 +1,211 @@
+"""A study as a graph of stages, each keyed by the hash of everything that decides its result."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from vitkit import __version__
+from vitkit.models.io import ModelConfig
+from vitkit.study.settings import Measures, Protocol, Recipe, StudySettings
+
+# raise when a stage's meaning changes, so that results of older code are not taken for new ones
+STAGE_FORMAT = 1
+
+
+def stage_key(kind: str, settings: dict[str, Any]) -> str:
+    """Readable kind and 16 hex digits of the hash over version, kind and settings."""
+    text = json.dumps([STAGE_FORMAT, __version__, kind, settings], sort_keys=True, default=str)
+    return f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One unit of work.
+
+    Args:
+        kind: data, pretrain, train, transform, predict, explain, attack or costs.
+        title: for people, e.g. ``"train (seed 0)"``.
+        settings: JSON; with ``kind`` it decides ``key``. Upstream stages appear in it by their keys.
+        needs: keys of the stages whose outputs it reads.
+        recipes: names of the recipes that use it.
+    """
+
+    kind: str
+    title: str
+    settings: dict[str, Any]
+    needs: tuple[str, ...] = ()
+    recipes: list[str] = field(default_factory=list, compare=False)
+
+    @property
+    def key(self) -> str:
+        return stage_key(self.kind, self.settings)
+
+
+@dataclass
+class RecipePlan:
+    """The stages of one recipe, by (fold, seed) where they repeat."""
+
+    recipe: Recipe
+    final: dict[tuple[int, int], str] = field(default_factory=dict)
+    train: dict[tuple[int, int], str] = field(default_factory=dict)
+    predict: dict[tuple[int, int], str] = field(default_factory=dict)
+    explain: str | None = None
+    attack: str | None = None
+    chain: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Plan:
+    """All stages in an order that respects their needs, and which recipe uses which."""
+
+    stages: dict[str, Stage]
+    recipes: list[RecipePlan]
+    costs: str | None
+    epochs: int
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """What planning must know about the data, written by the data stage."""
+
+    key: str
+    task: str
+    classes: tuple[str, ...]
+    num_outputs: int
+    in_chans: int
+    image_size: tuple[int, int]
+    num_folds: int
+    mean: list[list[float]]
+    std: list[list[float]]
+    num_train: int
+
+
+def model_config(recipe: Recipe, facts: DataFacts, fold: int) -> ModelConfig:
+    """The model of a recipe, sized to the images."""
+    from vitkit.models.presets import default_patch
+
+    options: dict[str, Any] = {
+        "num_classes": facts.num_outputs,
+        "in_chans": facts.in_chans,
+        "img_size": list(facts.image_size),
+    }
+    base = recipe.base
+    if base == "auto":
+        base = "vit_pico"
+        options["patch_size"] = default_patch(facts.image_size)
+    options |= recipe.model_options
+    return ModelConfig(
+        base=base,
+        base_options=options,
+        parts=[{"slot": p.slot, "part": p.name, "where": p.where, "options": dict(p.options)} for p in recipe.parts],
+        image_size=facts.image_size,
+        in_chans=facts.in_chans,
+        mean=tuple(facts.mean[fold]),
+        std=tuple(facts.std[fold]),
+        task=facts.task,
+        classes=facts.classes,
+    )
+
+
+def _train_settings(protocol: Protocol, epochs: int, seed: int) -> dict[str, Any]:
+    names = ("batch_size", "lr", "weight_decay", "warmup_epochs", "label_smoothing", "mixup", "cutmix", "ema_decay")
+    names += ("clip_grad", "accumulate", "class_weights", "early_stop", "precision", "devices", "strategy")
+    return {**{n: getattr(protocol, n) for n in names}, "epochs": epochs, "seed": seed}
+
+
+def make_plan(settings: StudySettings, recipes: list[Recipe], facts: DataFacts, epochs: int) -> Plan:
+    """Lay out every stage of every recipe; equal prefixes become one stage."""
+    plan = Plan({}, [], None, epochs)
+    protocol, measures = settings.protocol, settings.measures
+
+    def put(kind: str, title: str, wanted: dict[str, Any], needs: tuple[str, ...], recipe: str) -> str:
+        stage = Stage(kind, title, wanted, needs)
+        stage = plan.stages.setdefault(stage.key, stage)
+        if recipe not in stage.recipes:
+            stage.recipes.append(recipe)
+        return stage.key
+
+    data = {"data": facts.key, "augment": settings.data.augment, "cache_mb": settings.data.cache_mb}
+    for recipe in recipes:
+        entry = RecipePlan(recipe)
+        for fold in range(facts.num_folds):
+            config = asdict(model_config(recipe, facts, fold))
+            for seed in range(protocol.seed, protocol.seed + protocol.seeds):
+                place = {**data, "fold": fold, "seed": seed}
+                where = f"fold {fold}, seed {seed}" if facts.num_folds > 1 else f"seed {seed}"
+                upstream: tuple[str, ...] = (facts.key,)
+                key = None
+                for use in recipe.objectives:
+                    train = _train_settings(protocol, protocol.pretrain_epochs or epochs, seed)
+                    key = put(
+                        "pretrain",
+                        f"pretrain {use.name} ({where})",
+                        {**place, "config": config, "train": train, "method": use.model_dump(), "init": key},
+                        upstream,
+                        recipe.name,
+                    )
+                    upstream = (facts.key, key)
+                optimizer = recipe.optimizer.model_dump() if recipe.optimizer else None
+                key = put(
+                    "train",
+                    f"train ({where})",
+                    {
+                        **place,
+                        "config": config,
+                        "pretrained": recipe.pretrained,
+                        "train": _train_settings(protocol, epochs, seed),
+                        "optimizer": optimizer,
+                        "init": key,
+                    },
+                    upstream,
+                    recipe.name,
+                )
+                entry.train[fold, seed] = key
+                for use in recipe.transforms:
+                    wanted = {**place, "method": use.model_dump(), "model": key, "calibration": protocol.calibration}
+                    key = put("transform", f"{use.name} ({where})", wanted, (facts.key, key), recipe.name)
+                entry.final[fold, seed] = key
+                entry.predict[fold, seed] = put(
+                    "predict", f"predict ({where})", {**place, "model": key}, (facts.key, key), recipe.name
+                )
+        _put_probes(entry, put, data, protocol, measures, facts)
+        plan.recipes.append(entry)
+    if measures.latency:
+        first = [entry.final[0, protocol.seed] for entry in plan.recipes]
+        wanted = {**data, "models": {e.recipe.name: k for e, k in zip(plan.recipes, first)}}
+        plan.costs = put("costs", "latency, memory and size, interleaved", wanted, (facts.key, *first), "")
+    return plan
+
+
+def _put_probes(
+    entry: RecipePlan, put: Any, data: dict[str, Any], protocol: Protocol, measures: Measures, facts: DataFacts
+) -> None:
+    from vitkit.catalogue import methods
+
+    recipe, table = entry.recipe, methods()
+    key = entry.final[0, protocol.seed]
+    place = {**data, "fold": 0, "seed": protocol.seed, "model": key}
+    rooms = {p.name: table[p.name].dotted for p in recipe.probes}
+    explainers = [{"name": n, "options": {}} for n in measures.explainers]
+    explainers += [p.model_dump() for p in recipe.probes if ".explain." in rooms[p.name]]
+    attacks = [{"name": n, "options": {}} for n in measures.attacks]
+    attacks += [p.model_dump() for p in recipe.probes if ".stress.attacks." in rooms[p.name]]
+    if explainers and facts.task == "classify":
+        wanted = {
+            **place,
+            "explainers": list({e["name"]: e for e in explainers}.values()),
+            "images": measures.explain_images,
+            "gallery": measures.gallery_images,
+        }
+        entry.explain = put("explain", "explanations", wanted, (facts.key, key), recipe.name)
+    if attacks and facts.task == "classify":
+        wanted = {
+            **place,
+            "attacks": list({a["name"]: a for a in attacks}.values()),
+            "epsilons_255": list(measures.epsilons_255),
+            "images": measures.attack_images,
+        }
+        entry.attack = put("attack", "robustness", wanted, (facts.key, key), recipe.name)

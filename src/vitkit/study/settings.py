@@ -1,0 +1,230 @@
+"""What a person may write in a study: YAML or flags, checked key by key."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from vitkit.errors import BadInput
+
+Options = dict[str, Any]
+
+
+class Strict(BaseModel):
+    """Unknown keys are errors, answered with the nearest known one."""
+
+    model_config = ConfigDict(extra="forbid", populate_by_name=True, frozen=True)
+
+
+class Use(Strict):
+    """One method of the catalogue with its options."""
+
+    name: str
+    options: Options = Field(default_factory=dict)
+
+
+class PartUse(Use):
+    """A part in a slot; ``where`` as in :func:`vitkit.swap`."""
+
+    slot: str
+    where: str | int | list[int] = "all"
+
+
+class DataSettings(Strict):
+    """Which images, and how they become tensors.
+
+    ``image_size``: side in pixels, (H, W), or None for the images' own size (at most 96 px a side without a GPU).
+    """
+
+    path: str = "digits"
+    task: Literal["auto", "classify", "multilabel", "regress"] = "auto"
+    image_size: int | tuple[int, int] | None = None
+    limit: int | None = Field(None, ge=1, description="use at most this many training images, stratified")
+    cache_mb: int = Field(1024, ge=0)
+    augment: Literal["auto", "none", "light", "strong"] = "auto"
+
+
+class Protocol(Strict):
+    """The same for every recipe: who is trained on what, how long, how often."""
+
+    test: float = Field(0.2, gt=0, lt=1)
+    val: float = Field(0.1, ge=0, lt=1)
+    folds: int | None = Field(None, ge=2)
+    seeds: int = Field(1, ge=1)
+    seed: int = 0
+    epochs: int = Field(30, ge=1)
+    pretrain_epochs: int | None = Field(None, ge=1)
+    batch_size: int = Field(64, ge=1)
+    lr: float = Field(1e-3, gt=0)
+    weight_decay: float = Field(0.05, ge=0)
+    warmup_epochs: float = Field(2.0, ge=0)
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    mixup: float = Field(0.0, ge=0)
+    cutmix: float = Field(0.0, ge=0)
+    ema_decay: float | None = Field(None, gt=0, lt=1)
+    clip_grad: float | None = Field(1.0, gt=0)
+    accumulate: int = Field(1, ge=1)
+    class_weights: bool = False
+    early_stop: int | None = Field(None, ge=1)
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    devices: int = Field(1, ge=1)
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
+    budget_seconds: float | None = Field(None, gt=0, alias="budget")
+    calibration: int = Field(256, ge=1, description="training images a transform may look at")
+
+    @field_validator("budget_seconds", mode="before")
+    @classmethod
+    def _duration(cls, value: Any) -> Any:
+        return parse_duration(value) if isinstance(value, str) else value
+
+
+class Measures(Strict):
+    """What is measured of every recipe beyond the test predictions."""
+
+    attacks: list[str] = ["fgsm", "pgd"]
+    epsilons_255: list[float] = [1, 2, 4, 8]
+    attack_images: int = Field(128, ge=1)
+    explainers: list[str] = ["rollout", "grad-cam"]
+    explain_images: int = Field(64, ge=1)
+    gallery_images: int = Field(6, ge=0)
+    latency: bool = True
+    bootstrap: int = Field(2000, ge=200)
+
+
+class Recipe(Strict):
+    """A model and everything done to it, in the order of the fields."""
+
+    name: str
+    title: str | None = None
+    from_: str | None = Field(None, alias="from")
+    base: str = "auto"
+    pretrained: bool = False
+    model_options: Options = Field(default_factory=dict)
+    parts: list[PartUse] = Field(default_factory=list)
+    objectives: list[Use] = Field(default_factory=list)
+    optimizer: Use | None = None
+    transforms: list[Use] = Field(default_factory=list)
+    probes: list[Use] = Field(default_factory=list)
+
+    @field_validator("parts", mode="before")
+    @classmethod
+    def _parts(cls, value: Any) -> Any:
+        """Accept ``{mixer: sinkhorn}`` and ``{mixer: {name: …, options: …}}`` beside the list form."""
+        if not isinstance(value, dict):
+            return value
+        out = []
+        for slot, part in value.items():
+            for item in part if isinstance(part, list) else [part]:
+                out.append({"slot": slot, **(item if isinstance(item, dict) else {"name": item})})
+        return out
+
+    @field_validator("objectives", "transforms", "probes", mode="before")
+    @classmethod
+    def _uses(cls, value: Any) -> Any:
+        return (
+            [{"name": item} if isinstance(item, str) else item for item in value] if isinstance(value, list) else value
+        )
+
+    @field_validator("optimizer", mode="before")
+    @classmethod
+    def _use(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+
+class StudySettings(Strict):
+    """A whole study."""
+
+    name: str = "study"
+    data: DataSettings = DataSettings()
+    protocol: Protocol = Protocol()
+    recipes: list[str | Recipe] = ["vit"]
+    measures: Measures = Measures()
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _path_only(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value
+
+
+def parse_duration(text: str) -> float:
+    """Seconds of ``"90"``, ``"90s"``, ``"6m"``, ``"1.5h"`` or ``"1h30m"``.
+
+    >>> parse_duration("6m"), parse_duration("1h30m")
+    (360.0, 5400.0)
+    """
+    units = {"s": 1.0, "m": 60.0, "h": 3600.0}
+    if re.fullmatch(r"\d+(\.\d+)?", text):
+        return float(text)
+    parts = re.findall(r"(\d+(?:\.\d+)?)([smh])", text)
+    if not parts or "".join(n + u for n, u in parts) != text:
+        raise BadInput(f"{text!r} is not a duration; write for example 90s, 6m or 1h30m.")
+    return sum(float(number) * units[unit] for number, unit in parts)
+
+
+def read_study(path: str | Path) -> StudySettings:
+    """Read a study file.
+
+    Raises: BadInput naming the file, line or key, the value, and the nearest allowed name.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        raw = yaml.safe_load(text)
+    except FileNotFoundError as error:
+        raise BadInput(f"There is no study file {path}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}" if mark else ""
+        raise BadInput(f"{path}{line} is not valid YAML: {getattr(error, 'problem', error)}.") from error
+    if not isinstance(raw, dict):
+        raise BadInput(f"{path} must be a mapping with the keys {', '.join(StudySettings.model_fields)}.")
+    return make_settings(raw, str(path), text)
+
+
+def make_settings(raw: dict[str, Any], where: str = "the settings", text: str | None = None) -> StudySettings:
+    """Validate a study; ``where`` and ``text`` make the error point at the line."""
+    try:
+        return StudySettings.model_validate(raw)
+    except ValidationError as error:
+        raise BadInput("\n".join(_explain(item, where, text) for item in error.errors()[:5])) from error
+
+
+def _explain(item: Any, where: str, text: str | None) -> str:
+    # a union tries both forms; its branch names are not keys the user wrote
+    keys = [k for k in item["loc"] if k not in ("str", "Recipe", "function-before[_path_only(), DataSettings]")]
+    key = ".".join(str(k) for k in keys)
+    line = _line_of(str(keys[-1]), text) if keys else ""
+    if item["type"] == "extra_forbidden":
+        known = _fields_at(keys[:-1])
+        near = difflib.get_close_matches(str(keys[-1]), known, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        return f"{where}{line}: unknown key {key!r}.{hint} Allowed here: {', '.join(known)}."
+    return f"{where}{line}: {key} = {item.get('input')!r}: {item['msg'].removeprefix('Value error, ')}."
+
+
+def _fields_at(path: list[Any]) -> list[str]:
+    tables: dict[str, type[BaseModel]] = {
+        "data": DataSettings,
+        "protocol": Protocol,
+        "measures": Measures,
+        "recipes": Recipe,
+        "parts": PartUse,
+        "objectives": Use,
+        "transforms": Use,
+        "probes": Use,
+        "optimizer": Use,
+    }
+    names = [p for p in path if isinstance(p, str) and p in tables]
+    model = tables[names[-1]] if names else StudySettings
+    return [field.alias or name for name, field in model.model_fields.items()]
+
+
+def _line_of(key: str, text: str | None) -> str:
+    for number, line in enumerate((text or "").splitlines(), start=1):
+        if re.match(rf"\s*(- )?{re.escape(key)}\s*:", line):
+            return f" line {number}"
+    return ""

@@ -1,0 +1,325 @@
+"""From finished stages to the study's result: measures with intervals, comparisons, costs, curves."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vitkit.catalogue import methods
+from vitkit.study import statistics
+from vitkit.study.gallery import make_gallery
+from vitkit.study.plan import DataFacts, Plan, RecipePlan
+from vitkit.study.results import (
+    Comparison,
+    Cost,
+    Curves,
+    DataReport,
+    Faithfulness,
+    Interval,
+    Paper,
+    RecipeResult,
+    RobustnessPoint,
+    StudyResult,
+    TrainPoint,
+)
+from vitkit.study.settings import Recipe, StudySettings
+from vitkit.study.store import Store
+
+PACKAGES = ("vitkit", "torch", "torchvision", "timm", "numpy", "scikit-learn", "torchmetrics", "lightning-fabric")
+
+
+def summarise(
+    settings: StudySettings,
+    store: Store,
+    plan: Plan,
+    facts: DataFacts,
+    failures: dict[str, str],
+    command: str,
+    notes: list[str],
+) -> StudyResult:
+    """Everything the report shows.
+
+    Args:
+        settings: the resolved study.
+        store: holds the finished stages.
+        plan: which stages belong to which recipe.
+        facts: of the data.
+        failures: recipe name → reason, for recipes with a failed stage.
+        command: what the user typed, to reproduce.
+        notes: what the study decided by itself (epochs cut by the budget …).
+    """
+    table = [_recipe(entry, store, facts, failures, settings) for entry in plan.recipes]
+    recipes = [row for row, _ in table]
+    scores = {row.name: s for row, s in table if s is not None}
+    baseline = next((r for r in recipes if r.status == "ok"), None)
+    if baseline is not None:
+        baseline.baseline = True
+        measure = "accuracy" if facts.task == "classify" else ("mae" if facts.task == "regress" else "subset_accuracy")
+        family: dict[str, Comparison | None] = {
+            r.name: statistics.compare(scores[r.name], scores[baseline.name], measure=measure)
+            for r in recipes
+            if r.status == "ok" and r is not baseline and _same_predictions(r, baseline, plan)
+        }
+        for name, comparison in statistics.correct_family(family).items():
+            next(r for r in recipes if r.name == name).versus_baseline = comparison
+    if plan.costs and store.has(plan.costs):
+        _add_costs(recipes, json.loads((store.folder(plan.costs) / "costs.json").read_text(encoding="utf-8")), baseline)
+    report = json.loads((store.folder(facts.key) / "report.json").read_text(encoding="utf-8"))
+    galleries = {
+        e.recipe.name: store.folder(e.explain) for e in plan.recipes if e.explain is not None and store.has(e.explain)
+    }
+    result = StudyResult(
+        name=settings.name,
+        task=facts.task,
+        primary={"classify": "accuracy", "regress": "mae"}.get(facts.task, "macro_f1"),
+        data=DataReport.model_validate({"name": settings.data.path, "classes": list(facts.classes), **report}),
+        settings={
+            "command": command,
+            "study": settings.model_dump(mode="json", by_alias=True),
+            "epochs": plan.epochs,
+            "image_size": list(facts.image_size),
+            "notes": notes,
+        },
+        versions=_versions(),
+        machine=_machine(),
+        recipes=recipes,
+        gallery=make_gallery(galleries, facts.classes) if galleries and settings.measures.gallery_images else None,
+    )
+    from vitkit.study.verdict import verdict
+
+    result.verdict = verdict(result)
+    return result
+
+
+def _same_predictions(a: RecipeResult, b: RecipeResult, plan: Plan) -> bool:
+    """False for recipes that share the baseline's model (they differ in probes only): there is nothing to test."""
+    entries = {e.recipe.name: e for e in plan.recipes}
+    return entries[a.name].final != entries[b.name].final
+
+
+def stack_predictions(entry: RecipePlan, store: Store) -> tuple[np.ndarray, np.ndarray]:
+    """Test predictions (S, N, K) and labels (N,) with folds pooled."""
+    seeds = sorted({seed for _, seed in entry.predict})
+    folds = sorted({fold for fold, _ in entry.predict})
+    values, labels = [], []
+    for fold in folds:
+        rows = []
+        for seed in seeds:
+            with np.load(store.folder(entry.predict[fold, seed]) / "predictions.npz") as data:
+                rows.append(data["test_predictions"])
+                target = data["test_labels"]
+        values.append(np.stack(rows))
+        labels.append(target)
+    return statistics.pool_folds(values, labels)
+
+
+def _recipe(
+    entry: RecipePlan, store: Store, facts: DataFacts, failures: dict[str, str], settings: StudySettings
+) -> tuple[RecipeResult, np.ndarray | None]:
+    recipe = entry.recipe
+    row = RecipeResult(
+        name=recipe.name,
+        title=recipe.title,
+        parts={p.slot: p.name for p in recipe.parts},
+        steps=_steps(recipe),
+        papers=_papers(recipe),
+    )
+    if recipe.name in failures:
+        row.status, row.error = "failed", failures[recipe.name]
+        return row, None
+    values, labels = stack_predictions(entry, store)
+    resamples = settings.measures.bootstrap
+    curves: dict[str, Any] = {"train": _train_curves(entry, store)}
+    if facts.task == "classify":
+        row.measures = statistics.measure_classify(values, labels, resamples=resamples)
+        correct = values.argmax(2) == labels
+        curves["reliability"] = statistics.reliability(values, labels)
+        curves["confusion"] = statistics.confusion(values, labels)
+        curves["rejection"], _ = statistics.rejection(values.max(2), correct)
+        score = correct
+        _add_rejection(row, entry, store)
+    elif facts.task == "multilabel":
+        row.measures = statistics.measure_multilabel(values, labels, resamples=resamples)
+        score = ((values > 0.5) == labels.astype(bool)).all(-1)
+    else:
+        row.measures = statistics.measure_regress(values, labels, resamples=resamples)
+        error = np.abs(values - np.asarray(labels).reshape(1, values.shape[1], -1))
+        score = error.mean(-1)
+    if entry.attack is not None and store.has(entry.attack):
+        curves["robustness"] = _robustness(row, store.folder(entry.attack))
+    if entry.explain is not None and store.has(entry.explain):
+        _faithfulness(row, store.folder(entry.explain))
+    row.curves = Curves(**{k: v for k, v in curves.items() if v})
+    seconds = sum(store.note(k)["seconds"] for k in dict.fromkeys(entry.chain) if store.has(k))
+    row.costs["train_seconds"] = Cost(value=seconds, how="measured", note="all folds and seeds, shared stages included")
+    row.model_dir = f"models/{folder_name(recipe.name)}"
+    return row, score
+
+
+def folder_name(recipe: str) -> str:
+    """A recipe's name as a folder name.
+
+    >>> folder_name("mixer=dct-attention:tau=0.5+gptq-w4")
+    'mixer-dct-attention-tau-0.5+gptq-w4'
+    """
+    return "".join(c if c.isalnum() or c in "+-._" else "-" for c in recipe)
+
+
+def _steps(recipe: Recipe) -> list[str]:
+    def text(name: str, options: dict[str, Any]) -> str:
+        return name + (f" ({', '.join(f'{k}={v}' for k, v in options.items())})" if options else "")
+
+    steps = [f"pretrain with {text(u.name, u.options)}" for u in recipe.objectives]
+    base = "the baseline ViT" if recipe.base == "auto" else recipe.base
+    parts = ", ".join(f"{p.slot} = {text(p.name, p.options)}" for p in recipe.parts)
+    optimizer = text(recipe.optimizer.name, recipe.optimizer.options) if recipe.optimizer else "AdamW"
+    steps.append(f"train {base}{f' with {parts}' if parts else ''} with {optimizer}")
+    steps += [f"apply {text(u.name, u.options)}" for u in recipe.transforms]
+    return steps + [f"probe with {text(u.name, u.options)}" for u in recipe.probes]
+
+
+def _papers(recipe: Recipe) -> list[Paper]:
+    table, out = methods(), {}
+    uses = [*recipe.parts, *recipe.objectives, *recipe.transforms, *recipe.probes]
+    for use in [*uses, *([recipe.optimizer] if recipe.optimizer else [])]:
+        entry = table[use.name].entry
+        out[use.name] = Paper(name=use.name, title=entry.title or use.name, id=entry.id or None)
+    return list(out.values())
+
+
+def _train_curves(entry: RecipePlan, store: Store) -> list[TrainPoint]:
+    points = []
+    for (fold, seed), key in entry.train.items():
+        if fold != 0:
+            continue
+        history = json.loads((store.folder(key) / "history.json").read_text(encoding="utf-8"))
+        for r in history["rows"]:
+            points.append(
+                TrainPoint(
+                    epoch=r["epoch"],
+                    seed=seed,
+                    loss=r.get("loss"),
+                    val_loss=r.get("val_loss"),
+                    val_accuracy=r.get("val_accuracy"),
+                    lr=r.get("lr"),
+                )
+            )
+    return points
+
+
+def _add_rejection(row: RecipeResult, entry: RecipePlan, store: Store) -> None:
+    """For recipes with softmax-space rejection: thresholds from the validation part, figures on the test part."""
+    use = next((p for p in entry.recipe.probes if ".stress.ood." in methods()[p.name].dotted), None)
+    if use is None:
+        return
+    from vitkit.catalogue import resolve
+    from vitkit.stress.ood.softmax_rejection import selective_report
+
+    fit, reports = resolve(use.name), []
+    for key in entry.predict.values():
+        with np.load(store.folder(key) / "predictions.npz") as data:
+            if "val_predictions" not in data:
+                row.notes.append(f"{use.name} needs a validation part; set protocol.val above 0.")
+                return
+            fitted = fit(data["val_predictions"], data["val_labels"], **use.options)
+            _, known, _ = fitted.predict(data["test_predictions"])
+            reports.append(selective_report(data["test_predictions"], data["test_labels"], known))
+    for name in ("coverage", "selective_accuracy"):
+        values = [float(getattr(r, name) if hasattr(r, name) else r[name]) for r in reports]
+        row.measures[f"{name}/{use.name}"] = Interval(value=float(np.mean(values)), per_seed=list(values))
+
+
+def _robustness(row: RecipeResult, folder: Path) -> list[RobustnessPoint]:
+    points = []
+    for r in json.loads((folder / "robustness.json").read_text(encoding="utf-8")):
+        interval = statistics.bootstrap_ci(np.array(r["correct"], dtype=bool))
+        if r["epsilon_255"] is not None:
+            points.append(
+                RobustnessPoint(
+                    attack=r["attack"],
+                    epsilon_255=r["epsilon_255"],
+                    accuracy=interval.value,
+                    low=interval.low,
+                    high=interval.high,
+                )
+            )
+            if r.get("headline"):
+                row.measures[f"robust_accuracy/{r['attack']}"] = interval.model_copy(
+                    update={"note": f"epsilon {r['epsilon_255']:g}/255, {len(r['correct'])} images"}
+                )
+        for name, value in r.get("extra", {}).items():
+            row.measures[f"{name}/{r['attack']}"] = Interval(value=value, note=r.get("note"))
+    return points
+
+
+def _faithfulness(row: RecipeResult, folder: Path) -> None:
+    raw = json.loads((folder / "faithfulness.json").read_text(encoding="utf-8"))
+    for explainer, scores in raw["scores"].items():
+        for measure, values in scores.items():
+            interval = statistics.bootstrap_ci(values)
+            row.faithfulness.append(
+                Faithfulness(
+                    explainer=explainer, measure=measure, value=interval.value, low=interval.low, high=interval.high
+                )
+            )
+    row.notes += [f"{explainer}: {reason}" for explainer, reason in raw["notes"].items()]
+
+
+def _add_costs(recipes: list[RecipeResult], raw: dict[str, Any], baseline: RecipeResult | None) -> None:
+    reference = raw["rows"].get(baseline.name, {}) if baseline else {}
+    for row in recipes:
+        found = raw["rows"].get(row.name)
+        if found is None or row.status != "ok":
+            continue
+        for name in ("params", "flops", "size_bytes"):
+            if found[name] is not None:
+                ratio = found[name] / reference[name] if reference.get(name) else None
+                row.costs[name] = Cost(value=found[name], how="counted", ratio=ratio)
+        if found["peak_memory_bytes"] is not None:
+            row.costs["peak_memory_bytes"] = Cost(
+                value=found["peak_memory_bytes"], how="measured", engine=raw["engine"], note="one forward, batch 32"
+            )
+        for batch in (1, 32):
+            timed = found[f"latency_ms_b{batch}"]
+            base = reference.get(f"latency_ms_b{batch}", {}).get("value")
+            row.costs[f"latency_ms_b{batch}"] = Cost(
+                value=timed["value"],
+                p95=timed["p95"],
+                ratio=timed["value"] / base if base else None,
+                how="measured",
+                engine=raw["engine"],
+            )
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _machine() -> dict[str, Any]:
+    import torch
+
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
+        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+    gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
+    return {
+        "cpu": name,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "system": platform.system(),
+        **({"gpu": gpu} if gpu else {}),
+    }

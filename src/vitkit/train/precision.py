@@ -1,0 +1,131 @@
+"""Number format and attention path: what is fastest here, and how to use it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from vitkit.errors import BadInput
+
+Precision = Literal["fp32", "bf16"]
+
+
+def native_bf16(device: torch.device | str) -> bool:
+    """Whether matrix products in bfloat16 run on the hardware's own instructions (CPU: AVX512-BF16, AMX or Arm's)."""
+    kind = torch.device(device).type
+    if kind == "cpu":
+        capabilities = torch.cpu.get_capabilities()
+        # the names differ between x86 and Arm; absent means not supported
+        return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    if kind == "cuda":
+        # emulated bf16 on older cards is slower than float32
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return False
+
+
+def resolve(precision: str, device: torch.device | str) -> Precision:
+    """The format to compute in: ``auto`` is bf16 where it is native, else fp32.
+
+    >>> resolve("fp32", "cpu")
+    'fp32'
+
+    Raises: BadInput for anything but auto, fp32 and bf16.
+    """
+    if precision == "auto":
+        return "bf16" if native_bf16(device) else "fp32"
+    if precision == "fp32":
+        return "fp32"
+    if precision == "bf16":
+        return "bf16"
+    raise BadInput(f"precision={precision!r} must be auto, fp32 or bf16.")
+
+
+def autocast(precision: str, device: torch.device | str) -> torch.autocast:
+    """Context in which matrix products run in ``precision``; weights and reductions stay float32."""
+    where = torch.device(device)
+    return torch.autocast(where.type, dtype=torch.bfloat16, enabled=resolve(precision, where) == "bf16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionChoice:
+    """What :func:`choose_attention` decided.
+
+    Attributes:
+        path: ``fused``, ``explicit``, or ``unchanged`` where the model has no layer that can do both.
+        ratio: seconds of the fused path divided by seconds of the explicit one; above 1 the explicit one is faster.
+        layers: names of the layers it holds for.
+    """
+
+    path: Literal["fused", "explicit", "unchanged"]
+    ratio: float
+    layers: tuple[str, ...]
+
+
+def choose_attention(
+    model: nn.Module,
+    images: Tensor | dict[str, Any],
+    precision: str = "auto",
+    repeats: int = 4,
+    margin: float = 1.15,
+) -> AttentionChoice:
+    """Time a forward and backward with fused and with explicit attention, and set the faster path.
+
+    The fused kernel is left only if the explicit path is ``margin`` times faster: close races would otherwise be
+    decided by noise, and differently each time. Apart from ``fused_attn`` the model is left as found: weights,
+    gradients, mode, buffers and random state; after an error the flags too.
+
+    Args:
+        model: any module that maps images to a tensor, or an objective; layers with a boolean ``fused_attn`` are
+            switched.
+        images: a small batch (B, C, H, W) on the model's device; the dict of tensors for an objective.
+        precision: fp32, bf16 or auto.
+        repeats: timed runs of each path after one to warm up; the fastest of each counts.
+        margin: how much faster the explicit path must be, at least 1.
+    """
+    from vitkit.anatomy.untouched import untouched
+
+    layers = {n: m for n, m in model.named_modules() if isinstance(getattr(m, "fused_attn", None), bool)}
+    if not layers:
+        return AttentionChoice(path="unchanged", ratio=1.0, layers=())
+    best = {True: float("inf"), False: float("inf")}
+    with untouched(model, params_grad=True), torch.enable_grad():
+        model.train()
+        for repeat in range(repeats + 1):
+            for fused in (True, False):
+                _set(layers, fused)
+                seconds = _time_step(model, images, precision)
+                if repeat:
+                    best[fused] = min(best[fused], seconds)
+    ratio = best[True] / best[False]
+    path: Literal["fused", "explicit"] = "explicit" if ratio >= margin else "fused"
+    _set(layers, path == "fused")
+    return AttentionChoice(path=path, ratio=ratio, layers=tuple(layers))
+
+
+def _set(layers: dict[str, nn.Module], fused: bool) -> None:
+    for layer in layers.values():
+        layer.fused_attn = fused  # type: ignore[assignment]
+
+
+def _time_step(model: nn.Module, images: Tensor | dict[str, Any], precision: str) -> float:
+    device = next(model.parameters()).device
+    _synchronize(device)
+    start = time.perf_counter()
+    with autocast(precision, device):
+        output = model(images)
+        loss = output["loss"] if isinstance(output, dict) else output.float().square().mean()
+    loss.backward()
+    _synchronize(device)
+    seconds = time.perf_counter() - start
+    for p in model.parameters():
+        p.grad = None
+    return seconds
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

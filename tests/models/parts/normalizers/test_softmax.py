@@ -1,0 +1,39 @@
+"""The explicit softmax is the host."""
+
+from __future__ import annotations
+
+import torch
+
+from vitkit.models.parts.normalizers.softmax import Softmax
+from vitkit.models.swap import swap
+from vitkit.models.vit import ViT
+
+
+def test_reproduces_the_host() -> None:
+    torch.manual_seed(0)
+    model = ViT(img_size=8, patch_size=2, in_chans=1, num_classes=5, embed_dim=32, depth=2, num_heads=2).eval()
+    images = torch.rand(3, 1, 8, 8)
+    before = model(images)
+    record = swap(model, "normalizer", Softmax)
+    torch.testing.assert_close(model(images), before, rtol=0, atol=1e-5)
+    record.undo()
+    torch.testing.assert_close(model(images), before, rtol=0, atol=0)
+
+
+def test_reproduces_the_host_on_padded_tokens() -> None:
+    torch.manual_seed(0)
+    model = ViT(img_size=8, patch_size=2, in_chans=1, num_classes=5, embed_dim=32, depth=2, num_heads=2).eval()
+    x, layout = model.embed(torch.rand(3, 1, 8, 8))
+    layout = layout.replace(valid=torch.rand(3, 16) > 0.3)
+    before = model.readout(*model.run(x, layout))
+    swap(model, "normalizer", Softmax)
+    torch.testing.assert_close(model.readout(*model.run(x, layout)), before, rtol=0, atol=1e-5)
+
+
+def test_a_query_without_keys_gets_zeros_and_finite_gradients() -> None:
+    scores = torch.randn(1, 1, 3, 3, requires_grad=True)
+    mask = torch.tensor([[True, False, True]])
+    weights = Softmax()(scores, mask[:, None, :, None] & mask[:, None, None, :])
+    assert weights[0, 0, 1].eq(0).all()
+    weights.square().sum().backward()
+    assert torch.isfinite(scores.grad).all()

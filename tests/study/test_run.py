@@ -1,0 +1,235 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vitkit.errors import BadInput, VitkitError
+from vitkit.study import run as run_module
+from vitkit.study.results import read_json
+from vitkit.study.run import run_study
+from vitkit.study.settings import make_settings
+
+QUIET = {"attacks": [], "explainers": [], "latency": False, "bootstrap": 200}
+
+
+def write_data(path: Path, n: int = 60, seed: int = 0) -> Path:
+    """Two classes of 8×8 images that differ by a bright half; easy, so one epoch is enough to see an effect."""
+    rng = np.random.default_rng(seed)
+    labels = np.arange(n) % 2
+    images = rng.integers(0, 90, (n, 8, 8))
+    images[labels == 1, :, 4:] += 140
+    np.savez(path, x=images.astype(np.uint8), y=labels)
+    return path
+
+
+def settings(path: Path, recipes, **rooms):
+    base = {
+        "name": "tiny",
+        "data": {"path": str(path)},
+        "protocol": {"epochs": 1, "batch_size": 16, "precision": "fp32", "calibration": 16},
+        "recipes": recipes,
+        "measures": QUIET,
+    }
+    for room, values in rooms.items():
+        base[room] = {**base[room], **values}
+    return make_settings(base)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One study with parts, transforms, probes, an optimizer and a foreign network."""
+    root = tmp_path_factory.mktemp("study")
+    data = write_data(root / "halves.npz")
+    made = settings(
+        data,
+        ["vit", "sinkhorn", "tome:r=2", "gptq-w4", "gmar", "zsharp", "softmax-rejection"],
+        measures={
+            "attacks": ["fgsm"],
+            "epsilons_255": [4],
+            "attack_images": 8,
+            "explainers": ["rollout"],
+            "explain_images": 4,
+            "gallery_images": 2,
+            "latency": True,
+        },
+    )
+    out = root / "out"
+    return run_study(made, out, command="vitkit study halves.npz"), out, made
+
+
+def test_everything_that_is_promised_is_written(finished):
+    result, out, _ = finished
+    assert [r.status for r in result.recipes] == ["ok"] * 7, [r.error for r in result.recipes]
+    for name in ("report.html", "results.json", "results.csv", "study.yaml", "study.db"):
+        assert (out / name).stat().st_size > 0
+    assert read_json(out / "results.json").recipes[0].measures["accuracy"].value is not None
+    row = {r.name: r for r in result.recipes}
+    assert row["vit"].baseline
+    assert row["sinkhorn"].versus_baseline is not None
+    assert {"accuracy", "macro_f1", "auroc", "nll", "ece", "robust_accuracy/fgsm"} <= set(row["vit"].measures)
+    assert {"params", "flops", "size_bytes", "latency_ms_b1", "latency_ms_b32"} <= set(row["vit"].costs)
+    assert row["gptq-w4"].costs["size_bytes"].value < row["vit"].costs["size_bytes"].value
+    assert {f.explainer for f in row["gmar"].faithfulness} >= {"rollout", "gmar", "random"}
+    assert "coverage/softmax-rejection" in row["softmax-rejection"].measures
+    assert [p.id for p in row["sinkhorn"].papers] == ["2504.16275"]
+    assert result.gallery is not None
+    assert len(result.gallery.images) == 2
+    assert len(result.verdict) == 2
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert "vitkit study halves.npz" in page
+    assert "http://" not in page.replace("http://www.w3.org", "")
+
+
+def test_recipes_that_share_a_prefix_share_the_work(finished):
+    _, out, _ = finished
+    rows = sqlite3.connect(out / "study.db").execute("SELECT kind, count(*) FROM stages GROUP BY kind").fetchall()
+    # vit, tome, gptq, gmar and softmax-rejection train once together; sinkhorn and zsharp on their own
+    assert dict(rows)["train"] == 3
+    assert dict(rows)["transform"] == 2
+
+
+def test_the_second_run_does_nothing_again(finished, monkeypatch):
+    result, out, made = finished
+
+    def refuse(*_):
+        raise AssertionError("a finished stage was run again")
+
+    monkeypatch.setattr(run_module, "run_stage", refuse)
+    again = run_study(made, out)
+    assert [r.measures for r in again.recipes] == [r.measures for r in result.recipes]
+
+
+def test_exported_models_answer_like_the_study(finished, tmp_path):
+    from vitkit.cli.predict import predict_files
+
+    result, out, _ = finished
+    with np.load(out.parent / "halves.npz") as data:
+        for i in (0, 1):
+            Image.fromarray(data["x"][i]).save(tmp_path / f"{i}.png")
+    (tmp_path / "broken.png").write_bytes(b"not an image")
+    for row in result.recipes:
+        rows = predict_files(out / row.model_dir, [tmp_path])
+        assert [Path(r["image"]).name for r in rows] == ["0.png", "1.png", "broken.png"]
+        assert set(rows[0]["probabilities"]) == {"0", "1"}
+        assert abs(sum(rows[0]["probabilities"].values()) - 1) < 1e-5
+        assert "error" in rows[2]
+    card = (out / "models" / "vit" / "README.md").read_text()
+    assert "vitkit predict" in card
+    with pytest.raises(BadInput, match="not a model folder"):
+        predict_files(tmp_path, [tmp_path])
+
+
+def test_a_failing_recipe_leaves_the_others_alone(tmp_path):
+    data = write_data(tmp_path / "d.npz")
+    made = settings(data, ["vit", "qontot", "sinkhorn"])
+    result = run_study(made, tmp_path / "out")
+    status = {r.name: r.status for r in result.recipes}
+    assert status == {"vit": "ok", "qontot": "failed", "sinkhorn": "ok"}
+    failed = next(r for r in result.recipes if r.name == "qontot")
+    assert "power of two" in failed.error
+    assert any((tmp_path / "out" / "logs").iterdir())
+    with pytest.raises(VitkitError, match="No recipe finished"):
+        run_study(settings(data, ["qontot"]), tmp_path / "none")
+
+
+def test_seeds_folds_and_their_intervals(tmp_path):
+    made = settings(write_data(tmp_path / "d.npz"), ["vit", "sinkhorn"], protocol={"seeds": 2, "folds": 2})
+    result = run_study(made, tmp_path / "out")
+    accuracy = result.recipes[0].measures["accuracy"]
+    assert len(accuracy.per_seed) == 2
+    assert result.recipes[1].versus_baseline.test == "paired bootstrap"
+    with sqlite3.connect(tmp_path / "out" / "study.db") as db:
+        assert db.execute("SELECT count(*) FROM stages WHERE kind = 'train'").fetchone()[0] == 8
+
+
+def test_budget_cuts_epochs_evenly_says_so_and_stays(tmp_path):
+    data = write_data(tmp_path / "d.npz")
+    made = settings(data, ["vit", "sinkhorn"], protocol={"epochs": 5000, "budget": "1s"})
+    result = run_study(made, tmp_path / "out")
+    epochs = result.settings["epochs"]
+    assert 1 <= epochs < 5000
+    assert any("budget" in note for note in result.settings["notes"])
+    again = run_study(made, tmp_path / "out")
+    assert again.settings["epochs"] == epochs
+
+
+@pytest.mark.parametrize("task", ["regress", "multilabel"])
+def test_other_tasks(tmp_path, task):
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 255, (48, 8, 8)).astype(np.uint8)
+    y = images.mean((1, 2)) / 255 if task == "regress" else (images.reshape(48, 2, 4, 8).mean((2, 3)) > 127).astype(int)
+    np.savez(tmp_path / "d.npz", x=images, y=y)
+    result = run_study(settings(tmp_path / "d.npz", ["vit", "sinkhorn"], data={"task": task}), tmp_path / "out")
+    wanted = {"mae", "rmse", "r2"} if task == "regress" else {"macro_f1", "auroc"}
+    assert wanted <= set(result.recipes[0].measures)
+    assert (tmp_path / "out" / "report.html").exists()
+
+
+def test_image_smaller_than_a_patch(tmp_path):
+    np.savez(
+        tmp_path / "d.npz",
+        x=np.zeros((20, 1, 40), np.uint8) + np.arange(20, dtype=np.uint8)[:, None, None],
+        y=np.arange(20) % 2,
+    )
+    with pytest.raises(BadInput, match=r"smaller than one 2×2 patch.*--image-size"):
+        run_study(settings(tmp_path / "d.npz", ["vit"]), tmp_path / "out")
+
+
+KILLED = """
+import sys
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+from test_run import settings
+from vitkit.study.run import run_study
+made = settings(Path({data!r}), ["vit", "sinkhorn", "tome:r=2"], protocol={{"epochs": 6}})
+run_study(made, {out!r})
+"""
+
+
+def test_kill_at_any_moment_then_the_same_result(tmp_path):
+    """Kill -9 at three moments, start again each time, compare with an undisturbed run."""
+    data = write_data(tmp_path / "d.npz", 120)
+    made = settings(data, ["vit", "sinkhorn", "tome:r=2"], protocol={"epochs": 6})
+    whole = run_study(made, tmp_path / "whole")
+    out = tmp_path / "killed"
+    code = KILLED.format(tests=str(Path(__file__).parent), data=str(data), out=str(out))
+    stages = out / "stages"
+    for wanted in (1, 3, 5):
+        process = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "OMP_NUM_THREADS": "1"})
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and process.poll() is None:
+            done = len([p for p in stages.iterdir() if not p.name.startswith("tmp-")]) if stages.exists() else 0
+            if done >= wanted:
+                break
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    resumed = run_study(made, out)
+    for a, b in zip(whole.recipes, resumed.recipes):
+        assert a.name == b.name
+        assert {k: v.value for k, v in a.measures.items()} == pytest.approx(
+            {k: v.value for k, v in b.measures.items()}, abs=1e-6
+        )
+    assert json.loads((out / "results.json").read_text())["recipes"][0]["status"] == "ok"
+
+
+@pytest.mark.slow
+def test_on_ray_gives_the_same_table(tmp_path):
+    data = write_data(tmp_path / "d.npz")
+    made = settings(data, ["vit", "sinkhorn", "tome:r=2"])
+    here = run_study(made, tmp_path / "here")
+    there = run_study(made, tmp_path / "there", on="ray")
+    for a, b in zip(here.recipes, there.recipes):
+        assert {k: v.value for k, v in a.measures.items()} == pytest.approx(
+            {k: v.value for k, v in b.measures.items()}, abs=1e-5
+        )
