@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from vitkit.errors import BadInput, UnknownName
 from vitkit.models.scan_order import KINDS, scan_order, visit_index
 

@@ -123,9 +123,9 @@ def test_a_damaged_checkpoint_is_named(tmp_path, name):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no flock")
 def test_two_runs_in_one_folder(tmp_path):
-    with checkpoint.only_run(tmp_path):
-        with pytest.raises(VitkitError, match="Another run is training"), checkpoint.only_run(tmp_path):
-            pass
+    first, second = checkpoint.only_run(tmp_path), checkpoint.only_run(tmp_path)
+    with first, pytest.raises(VitkitError, match="Another run is training"), second:
+        pass
     with checkpoint.only_run(tmp_path):
         pass
 

@@ -46,8 +46,6 @@ class Ordered:
             if self.weights:
                 batch["weights"] = torch.rand(len(at), generator=torch.Generator().manual_seed(i))
             yield batch
-                {"weights": torch.rand(len(at), generator=torch.Generator().manual_seed(i))} if self.weights else {}
-            )
 
 
 def _model(**options):
@@ -94,14 +92,17 @@ def test_it_learns_and_says_how():
 
 
 # A seeded run's losses; a change here is a change of the loop and needs its reason in the commit.
-GOLDEN = []
+GOLDEN = [
+    2.302585, 2.318278, 2.309033, 2.281367, 2.297613, 2.274968, 2.240938, 2.207704, 2.319933, 2.276488,
+    2.214576, 2.169888, 2.233850, 2.226867, 2.160991, 2.115764, 2.170386, 2.217442, 2.121768, 2.173170,
+]  # fmt: skip
 
 
 def test_golden_loss_curve():
     losses = []
     objective = _objective()
     objective.register_forward_hook(lambda m, i, out: losses.append(float(out["loss"].detach())))
-    fit(objective, Ordered(80, 16), settings=TrainSettings(epochs=4, lr=2e-3, **PLAIN))
+    fit(objective, Ordered(80, 16), settings=TrainSettings(epochs=4, lr=5e-3, **PLAIN))
     assert losses == pytest.approx(GOLDEN, abs=1e-4), [round(v, 5) for v in losses]
 
 

@@ -110,11 +110,12 @@ def _pairs(arrays: dict[str, np.ndarray], name: str) -> list[tuple[Split | None,
                 found.append((split, x, arrays[x], arrays[y]))
                 break
     if not found:
-        found = [(None, x, arrays[x], arrays[y]) for x, y in _ALL if x in arrays and y in arrays][:1]
+        plain = [(x, y) for x, y in _ALL if x in arrays and y in arrays][:1]
+        found += [(None, x, arrays[x], arrays[y]) for x, y in plain]
     if not found:
         raise BadInput(
-            f"{name} has the keys {', '.join(arrays) or '(none)'}; x_train, y_train, x_test, y_test or x, y (or images, "
-            "labels) are needed."
+            f"{name} has the keys {', '.join(arrays) or '(none)'}; x_train, y_train, x_test, y_test or x, y (or "
+            "images, labels) are needed."
         )
     return found
 
@@ -219,7 +220,7 @@ def _numbered(
     if classes is None:
         # class numbers with gaps, or from 1, become 0…K−1; the names keep the numbers as given
         present, codes = np.unique(whole, return_inverse=True)
-        return codes.ravel().tolist(), tuple(str(c) for c in present), "classify"
+        return list(codes.ravel().tolist()), tuple(str(c) for c in present), "classify"
     wrong = np.flatnonzero((whole < 0) | (whole >= len(classes)))
     if len(wrong):
         shown = some([f"{keys[i]} ({whole[i]})" for i in wrong])

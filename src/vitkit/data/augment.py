@@ -6,7 +6,8 @@ that prepares it, or on where a killed run started again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Literal
 
 import numpy as np
@@ -39,8 +40,8 @@ _NUM_DRAWS = 24
 def resolve(augment: str | Sequence[str], image_size: tuple[int, int], mirror: bool) -> tuple[str, ...]:
     """The names behind a strength, in the order in which they are applied.
 
-    "light" is a shift (images up to 64 px) or a crop (larger ones), and a flip where ``mirror`` allows it; "strong" adds
-    RandAugment (Cubuk et al., arXiv:1909.13719).
+    "light" is a shift (images up to 64 px) or a crop (larger ones), and a flip where ``mirror`` allows it; "strong"
+    adds RandAugment (Cubuk et al., arXiv:1909.13719).
 
     Raises: UnknownName; BadInput for turning images that are not square.
     """
@@ -117,6 +118,22 @@ def move_pixels(images: np.ndarray, u: np.ndarray, names: Sequence[str]) -> np.n
 
 def change_values(images: Tensor, u: np.ndarray, names: Sequence[str]) -> Tensor:
     """Colour, RandAugment and erasing of float images (B, C, H, W) in [0, 1]."""
+    with _one_thread():
+        return _change_values(images, u, names)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Many small operations: waking other threads for each costs more than it saves, above all on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _change_values(images: Tensor, u: np.ndarray, names: Sequence[str]) -> Tensor:
     if "color" in names:
         factors = torch.from_numpy(0.7 + 0.6 * u[:, _COLUMNS["color"] : _COLUMNS["color"] + 3]).float()
         for column, operation in enumerate((_brightness, _contrast, _saturation)):

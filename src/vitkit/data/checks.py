@@ -17,8 +17,8 @@ from vitkit.errors import BadInput
 
 #: bits of the perceptual hash in which near-identical images may differ; unrelated ones differ in about 32
 NEAR_BITS = 6
-# and the small pictures must correlate: the hash alone calls many simple shapes alike. Images below 32 pixels are hardly
-# more than shapes, and two different shirts of 28×28 pixels correlate by 0.99
+# and the small pictures must correlate: the hash alone calls many simple shapes alike. Images below 32 pixels are
+# hardly more than shapes, and two different shirts of 28×28 pixels correlate by 0.99
 _NEAR_CORRELATION, _NEAR_CORRELATION_TINY = 0.985, 0.999
 # above this the pairwise search would take minutes; equal hashes are found all the same
 _PAIRWISE_LIMIT = 100_000
@@ -161,8 +161,8 @@ def _several_classes(source: Source, fold: Fold, number: int, total: int) -> Non
         which = f"fold {number + 1} of {total}" if total > 1 else "the split"
         only = f"only the class {source.classes[int(present[0])]!r}" if len(present) else "no image"
         raise BadInput(
-            f"{source.name}: the training part of {which} has {only}, so nothing can be learned. Use other shares, fewer "
-            "folds, or correct the groups or the given split."
+            f"{source.name}: the training part of {which} has {only}, so nothing can be learned. Use other shares, "
+            "fewer folds, or correct the groups or the given split."
         )
 
 
@@ -323,8 +323,9 @@ def _about_leaks(source: Source, looks: Looks, pairs: Sequence[Pair]) -> list[st
     found = []
     if pairs:
         exact = sum(p[3] for p in pairs)
+        several = "1 pair" if len(pairs) == 1 else f"{len(pairs)} pairs"
         found.append(
-            f"{len(pairs)} pairs of images in different parts are the same ({exact}) or nearly so ({len(pairs) - exact}); "
+            f"{several} of images in different parts are the same ({exact}) or nearly so ({len(pairs) - exact}); "
             "results on them say nothing about new images."
         )
     same: dict[bytes, int] = {}

@@ -12,9 +12,8 @@ from PIL import Image
 
 from vitkit.errors import BadInput
 
-EXTENSIONS = frozenset(
-    ".jpg .jpeg .jpe .jfif .png .bmp .gif .tif .tiff .webp .ppm .pgm .pbm .pnm .jp2 .tga .avif .npy".split()
-)
+_ENDINGS = "jpg jpeg jpe jfif png bmp gif tif tiff webp ppm pgm pbm pnm jp2 tga avif npy"
+EXTENSIONS = frozenset(f".{ending}" for ending in _ENDINGS.split())
 
 Alpha = Literal["white", "black", "drop", "keep"]
 Fit = Literal["crop", "squash"]
@@ -329,11 +328,12 @@ def read_image(
         array, _ = decode(Path(path).read_bytes(), str(path), how, at_least=draft_size(image_size))
         array = to_channels(array, in_chans)
         unit = to_unit(array, value_range or value_range_of(array.dtype, float(array.min()), float(array.max())))
+        box = fit_box(array.shape[0], array.shape[1], image_size, fit)
         if array.dtype == np.uint8:
             # round once, after resizing, exactly where a loader does
-            out = resample(array, fit_box(*array.shape[:2], image_size, fit), image_size).astype(np.float32) / 255
+            out = resample(array, box, image_size).astype(np.float32) / 255
         else:
-            out = resample(unit, fit_box(*array.shape[:2], image_size, fit), image_size)
+            out = resample(unit, box, image_size)
     except OSError as error:
         raise BadInput(f"{path} cannot be opened: {error.strerror or error}.") from error
     except Unreadable as error:

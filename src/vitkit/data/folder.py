@@ -24,7 +24,8 @@ SPLIT_NAMES: dict[str, Split] = {
 }
 
 # files that accompany images everywhere and are no mistake
-_SIDECARS = frozenset(".txt .md .csv .tsv .parquet .json .xml .yaml .yml .db .ini .html .pdf .log .npz".split())
+_ACCOMPANY = "txt md csv tsv parquet json xml yaml yml db ini html pdf log npz"
+_SIDECARS = frozenset(f".{ending}" for ending in _ACCOMPANY.split())
 
 
 @dataclass

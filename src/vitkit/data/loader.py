@@ -69,7 +69,7 @@ class Preparer:
             ) from error
         if self.wide:
             array = to_unit(array, self.unit_range)
-        left, top, right, bottom = fit_box(*array.shape[:2], size, self.fit)
+        left, top, right, bottom = fit_box(array.shape[0], array.shape[1], size, self.fit)
         if box is not None:
             w, h = right - left, bottom - top
             left, top = left + box[0] * w, top + box[1] * h
@@ -84,7 +84,7 @@ class Memory:
     def __init__(self, prepare: Preparer, count: int) -> None:
         self.prepare = prepare
         # pages of an empty array cost nothing until they are written
-        self.images = np.empty((count, *prepare.size, prepare.in_chans), prepare.dtype)
+        self.images: np.ndarray = np.empty((count, *prepare.size, prepare.in_chans), prepare.dtype)
         self.filled = np.zeros(count, bool)
 
     def fill(self, indices: np.ndarray) -> None:

@@ -103,7 +103,9 @@ def list_torchvision(name: str, how: Reading) -> tuple[DatasetPixels, list[Recor
             "torchvision data set", name, known, "python -c 'import torchvision.datasets as d; print(d.__all__)'"
         )
     parameters = inspect.signature(kind.__init__).parameters
-    parts, records, classes = [], [], None
+    parts: list[tuple[int, Callable[[int], Any]]] = []
+    records: list[Record] = []
+    classes: tuple[str, ...] | None = None
     if "train" in parameters:
         wanted: list[tuple[dict[str, Any], Split]] = [({"train": True}, "train"), ({"train": False}, "test")]
     elif "split" in parameters:
@@ -152,7 +154,9 @@ def list_hf(name: str, how: Reading) -> tuple[DatasetPixels, list[Record], tuple
         loaded = datasets.load_dataset(repository, configuration or None, cache_dir=str(cache_folder() / "hf"))
     except (OSError, RuntimeError, ValueError, ImportError) as error:
         raise _not_had(f"hf:{name}", error) from error
-    parts, records, classes = [], [], None
+    parts: list[tuple[int, Callable[[int], Any]]] = []
+    records: list[Record] = []
+    classes: tuple[str, ...] | None = None
     order = dict(_SPLITS)
     for key, data in loaded.items():
         split = order.get(str(key))
@@ -194,8 +198,9 @@ def _finish(
 def _not_had(name: str, error: Exception) -> BadInput:
     said = str(error).strip().splitlines()
     return BadInput(
-        f"{name} could not be had ({said[0] if said else type(error).__name__}). It is downloaded at the first use, which "
-        f"needs a network connection; offline, give a folder, table or .npz instead. Downloads are kept in {cache_folder()}."
+        f"{name} could not be had ({said[0] if said else type(error).__name__}). It is downloaded at the first use, "
+        "which needs a network connection; offline, give a folder, table or .npz instead. Downloads are kept in "
+        f"{cache_folder()}."
     )
 
 

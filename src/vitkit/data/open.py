@@ -57,7 +57,8 @@ def open_source(
         memory: a file to keep the result of the check of all images in, so that the next process does not repeat it.
         progress: called as ``progress("check images", done, total)``.
 
-    Raises: BadInput for anything that cannot be used, naming file, key or row and what to do; MissingExtra; UnknownName.
+    Raises: BadInput for anything that cannot be used, naming file, key or row and what to do; MissingExtra;
+        UnknownName.
     """
     if task is not None and task not in TASKS:
         raise BadInput(f"task={task!r} is unknown; it is one of {', '.join(TASKS)}.")
@@ -82,8 +83,8 @@ def open_source(
     if path.suffix.lower() == ".zip":
         return _from_tree(ZipTree(path), name, task, how, columns, value_range, memory, progress)
     raise BadInput(
-        f"{name} is a file of a kind that holds no labelled images. Give a folder of class folders, a .zip of one, a .csv, "
-        ".tsv or .parquet table of paths and labels, or an .npz."
+        f"{name} is a file of a kind that holds no labelled images. Give a folder of class folders, a .zip of one, a "
+        ".csv, .tsv or .parquet table of paths and labels, or an .npz."
     )
 
 

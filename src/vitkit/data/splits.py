@@ -32,8 +32,8 @@ def split(
 
     A division that came with the data is respected, and what it lacks is cut from its training part. Classes keep their
     shares in every part: each class has the whole number below or above its ideal count. Regression targets are
-    stratified by tenths, label sets greedily. Images of one group always stay together; with groups the shares are met as
-    closely as whole groups allow.
+    stratified by tenths, label sets greedily. Images of one group always stay together; with groups the shares are met
+    as closely as whole groups allow.
 
     Args:
         source: the data.
@@ -43,8 +43,8 @@ def split(
         group: keep groups together; None: if the records have groups.
         seed: of the draw; equal seeds give equal parts.
 
-    Raises: BadInput for shares that leave nothing to train on, fewer groups or images than parts, ``folds`` on data with
-        a test part of its own, or ``group=True`` without groups.
+    Raises: BadInput for shares that leave nothing to train on, fewer groups or images than parts, ``folds`` on data
+        with a test part of its own, or ``group=True`` without groups.
     """
     _check_shares(test, val, folds)
     given = np.array([r.split or "" for r in source.records])
@@ -55,8 +55,8 @@ def split(
     if folds is not None:
         if (given == "test").any() or (given == "val").any():
             raise BadInput(
-                f"{source.name} comes with a division of its own, so folds={folds} would mix its parts; leave out folds, "
-                "or remove the split column or folders."
+                f"{source.name} comes with a division of its own, so folds={folds} would mix its parts; leave out "
+                "folds, or remove the split column or folders."
             )
         parts = _divide(everything, [1 / folds] * folds, strata, groups, rng, source.name)
         result = []
@@ -151,8 +151,8 @@ def _divide(
     if any(len(p) == 0 for p, s in zip(parts, shares_array) if s > 0):
         sizes = ", ".join(str(len(p)) for p in parts)
         raise BadInput(
-            f"{name} has {len(rows)} images, and the shares {', '.join(f'{s:.3g}' for s in shares_array)} give parts of "
-            f"{sizes}; every part needs at least one. Use larger shares, fewer folds or more images."
+            f"{name} has {len(rows)} images, and the shares {', '.join(f'{s:.3g}' for s in shares_array)} give parts "
+            f"of {sizes}; every part needs at least one. Use larger shares, fewer folds or more images."
         )
     return parts
 
@@ -182,9 +182,9 @@ def _by_class(classes: np.ndarray, shares: np.ndarray, rng: np.random.Generator)
 def _by_group(strata: np.ndarray, groups: np.ndarray, shares: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Part number of each row, whole groups at a time.
 
-    Groups are placed one by one, those with the rarest strata and the most images first, each where it brings the counts
-    per stratum nearest to their ideal: it minimises ``Σ_c ((n_pc + g_c) − ideal_pc)² − (n_pc − ideal_pc)²`` scaled by
-    the stratum's size.
+    Groups are placed one by one, those with the largest share of some stratum first, each where it lowers
+    ``Σ_pc (n_pc − m_pc)² / m_pc`` most: n_pc images of stratum c in part p so far, m_pc the ideal. Dividing by the ideal
+    fills small and large parts at the same pace, and keeps large groups out of small parts.
     """
     table = strata.astype(np.float64) if strata.ndim == 2 else np.eye(int(strata.max()) + 1)[strata]
     # the number of images is one more thing to balance
@@ -194,23 +194,19 @@ def _by_group(strata: np.ndarray, groups: np.ndarray, shares: np.ndarray, rng: n
     counts = np.zeros((len(names), table.shape[1]))
     np.add.at(counts, code, table)
     totals = counts.sum(0)
-    scale = 1 / np.maximum(totals, 1)
     ideal = shares[:, None] * totals
+    weight = 1 / np.maximum(ideal, 1e-9)
     have = np.zeros_like(ideal)
     part_of = np.full(len(names), -1)
     order = rng.permutation(len(names))
-    importance = (counts * scale).max(1)
+    importance = (counts / np.maximum(totals, 1)).max(1)
     order = order[np.argsort(-importance[order], kind="stable")]
     allowed = np.flatnonzero(shares > 0)
     for position, g in enumerate(order):
-        open_parts = allowed
-        empty = (
-            np.array([p for p in allowed if not (part_of == p).any()]) if position >= len(order) - len(allowed) else []
-        )
-        if len(empty) and len(empty) >= len(order) - position:
-            # the last groups go where there is none yet
-            open_parts = empty
-        change = ((2 * (have[open_parts] - ideal[open_parts]) + counts[g]) * counts[g] * scale).sum(1)
+        empty = np.setdiff1d(allowed, part_of) if position >= len(order) - len(allowed) else allowed[:0]
+        # the last groups go where there is none yet
+        open_parts = empty if len(empty) >= len(order) - position else allowed
+        change = ((2 * (have[open_parts] - ideal[open_parts]) + counts[g]) * counts[g] * weight[open_parts]).sum(1)
         best = open_parts[int(np.argmin(change))]
         part_of[g] = best
         have[best] += counts[g]

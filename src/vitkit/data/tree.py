@@ -12,7 +12,6 @@ from typing import Protocol
 
 from vitkit.errors import BadInput
 
-
 # a few kilobytes of zeros in an archive can unpack to the whole memory
 _LARGEST_ENTRY = 2**31
 

@@ -75,7 +75,7 @@ def run(seeds: tuple[int, ...] = (0, 1, 2), progress: Callable[[str, int, int], 
             "model": "D=64, 4 blocks, 4 heads, MLP ×2, patch 7, 16 tokens + class",
             "epochs": EPOCHS,
             "batch": BATCH,
-            "scaled_down": "2,000 instead of 10,000 images, patch 7 instead of 4; the paper trains Swin on CIFAR-10 and ImageNet",
+            "scaled_down": "2,000 instead of 10,000 images, patch 7 instead of 4; the paper trains Swin on larger sets",
         },
     )
 

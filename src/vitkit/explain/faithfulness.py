@@ -67,7 +67,7 @@ def score_explainers(
         raise BadInput(f"{taken[0]!r} is the name of a control that is added to every table; rename the map.")
     with untouched(model), torch.no_grad():
         images = for_model(model, images)
-        cells = _common_grid(model, images, maps)
+        cells = common_grid(model, images, maps)
         # one grid for all: on coarser cells one step would remove more, and areas would not compare
         scored = {name: _on_grid(_checked(name, m, images), cells) for name, m in maps.items()}
         scored |= control_maps(len(images), cells, images.device, generator)
@@ -215,7 +215,7 @@ def infidelity(
         base = _substrate(model, images, substrate)
         targets = _targets(model, images, targets, chunk)
         phi = attribution.to(images.device).float()
-        grid = _common_grid(model, images, {}) if pixelwise else _grid_of(_checked("attribution", phi, images))
+        grid = common_grid(model, images, {}) if pixelwise else _grid_of(_checked("attribution", phi, images))
         chance = torch.rand(len(images), draws, grid[0] * grid[1], generator=generator, device=generator.device)
         removed = (chance < share).to(images.device)
         drops = _drops(model, images, base, removed, grid, targets, chunk)
@@ -510,7 +510,7 @@ def _on_grid(patch_map: Tensor, grid: tuple[int, int]) -> Tensor:
     return patch_map if _grid_of(patch_map) == grid else to_pixels(patch_map, grid)
 
 
-def _common_grid(model: nn.Module, images: Tensor, maps: Mapping[str, Tensor]) -> tuple[int, int]:
+def common_grid(model: nn.Module, images: Tensor, maps: Mapping[str, Tensor]) -> tuple[int, int]:
     """Cells for all maps: the host's patches, else the finest map's, else at most 14 a side."""
     shapes = {(m.shape[-2], m.shape[-1]) for m in maps.values() if m.ndim == 3}
     if len(shapes) == 1:

@@ -148,8 +148,9 @@ def _recipe(
         row.measures = statistics.measure_multilabel(values, labels, resamples=resamples)
         score = ((values > 0.5) == labels.astype(bool)).all(-1)
     else:
-        row.measures = statistics.measure_regress(values, labels, resamples=resamples)
-        error = np.abs(values - np.asarray(labels).reshape(1, values.shape[1], -1))
+        targets = np.asarray(labels).reshape(values.shape[1:])
+        row.measures = statistics.measure_regress(values, targets, resamples=resamples)
+        error = np.abs(values - targets)
         score = error.mean(-1)
     if entry.attack is not None and store.has(entry.attack):
         curves["robustness"] = _robustness(row, store.folder(entry.attack))

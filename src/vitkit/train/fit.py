@@ -9,7 +9,7 @@ import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -548,7 +548,9 @@ class _Run:
         prefix = self._prefix()
         self._load({prefix + name: value for name, value in weights.items()})
         if self.sharded:
-            set_optimizer_state_dict(self.objective, self.optimizer, state["optimizer"], options=_SPREAD)
+            # a parameter that no step has reached yet has no state
+            loose = replace(_SPREAD, strict=False)
+            set_optimizer_state_dict(self.objective, self.optimizer, state["optimizer"], options=loose)
         else:
             self.optimizer.load_state_dict(state["optimizer"])
         if self.ema is not None:

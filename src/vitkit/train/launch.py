@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
 import queue
 import socket
@@ -82,6 +83,8 @@ def _process(
         "MASTER_PORT": str(port),
         "TORCHELASTIC_RUN_ID": "vitkit",
     }
+    # "registered process 1 of 2" is news to nobody
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
     torch.set_num_threads(max(1, torch.get_num_threads() // processes))
     # what arrives lies in memory shared by all processes; each trains weights of its own
     objective = copy.deepcopy(objective)

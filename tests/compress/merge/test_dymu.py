@@ -266,8 +266,10 @@ def test_loaders_of_any_usual_shape():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 @torch.no_grad()
 def test_other_precisions(dtype):
-    merged, _ = dymu(make(), pixels(), target_tokens=16)
+    merged, change = dymu(make(), pixels(), target_tokens=16)
     out = merged.to(dtype)(pixels(7).to(dtype))
+    kept = [float(block.reduce.threshold) for block in merged.blocks]
+    assert kept == pytest.approx(change.details["thresholds"], abs=1e-7), "thresholds must not be rounded to bf16"
     assert out.dtype == dtype
     assert out.isfinite().all()
 

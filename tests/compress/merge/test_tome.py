@@ -258,6 +258,12 @@ def test_other_precisions(dtype):
         torch.testing.assert_close(out.float(), expected, rtol=1e-3, atol=1e-4)
 
 
+@torch.no_grad()
+def test_shapes_on_the_meta_device():
+    merged, _ = tome(make(), r=6)
+    assert merged.to("meta")(pixels().to("meta")).shape == (3, 4)
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_trains(checkpointing):
     merged, _ = tome(make(reg_tokens=1), r=6)

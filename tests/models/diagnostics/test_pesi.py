@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from scipy.stats import spearmanr
+
 from vitkit.errors import BadInput
 from vitkit.models.diagnostics.pesi import pesi
 

@@ -4,6 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
+
 from vitkit.errors import BadInput
 from vitkit.models.diagnostics.three_cell import (
     LABELS,

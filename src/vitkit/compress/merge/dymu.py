@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from vitkit.anatomy import host
 from vitkit.compress.change import Change
+from vitkit.compress.cost import count_params
 from vitkit.compress.merge.matching import (
     best_edges,
     bipartite_match,
@@ -69,6 +70,14 @@ class MergeAbove(nn.Module):
             merged = merged & best_edges(score, self.max_merges)
         x, layout = merge_rows(x, layout, merged, partner, first)
         return x, layout if self.proportional else without_size_bias(layout)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MergeAbove:
+        precise = self.threshold
+        super()._apply(fn, recurse)
+        # model.bfloat16() would round a threshold of 0.999 to 1, and nothing would merge any more
+        if not precise.is_meta:
+            self.threshold = precise.to(self.threshold.device)
+        return self
 
     def extra_repr(self) -> str:
         return f"threshold={float(self.threshold):.4f}, max_merges={self.max_merges}, proportional={self.proportional}"
@@ -318,12 +327,11 @@ def dymu(
     try_once(new, sample)
     counts = count_tokens(new, sample, batch_size)
     few = "" if found.num_images >= 64 else f"; thresholds come from only {found.num_images} images, 64 are too few"
-    params = sum(p.numel() for p in model.parameters())
     change = Change(
         what=f"merges similar patch tokens over {len(found.blocks)} blocks: {found.num_tokens} become "
         f"{counts.float().mean():.1f} on average, {int(counts.min())} to {int(counts.max())} (DToMe)",
-        params_before=params,
-        params_after=sum(p.numel() for p in new.parameters()),
+        params_before=count_params(model),
+        params_after=count_params(new),
         touched=tuple(f"blocks.{i}.reduce" for i in found.blocks),
         lost="patch tokens are no longer the cells of the grid (maps come back through layout.unmerge), and their "
         f"number depends on the image, so a batch costs what its longest image costs{few}",

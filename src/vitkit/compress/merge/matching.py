@@ -7,7 +7,9 @@ at odd places. Every row of A has one edge, to its most similar row of B, so an 
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +48,7 @@ def bipartite_match(metric: Tensor, valid: Tensor | None = None, first: int = 0)
     Returns: score (B, |A|), -inf where there is no edge; partner (B, |A|), a place within B.
     """
     # a cosine of 0.998 is 1 in bf16, and then every pair ties: compare in float32 also under autocast
-    with torch.no_grad(), torch.autocast(metric.device.type, enabled=False):
+    with torch.no_grad(), _no_autocast(metric.device.type):
         unit = F.normalize(metric.to(torch.promote_types(metric.dtype, torch.float32)), dim=-1)
         a, b = unit[:, first::2], unit[:, 1 - first :: 2]
         if not a.shape[1] or not b.shape[1]:
@@ -60,6 +62,12 @@ def bipartite_match(metric: Tensor, valid: Tensor | None = None, first: int = 0)
         if valid is not None:
             score = score.masked_fill(~valid[:, first::2], -math.inf)
         return score, partner
+
+
+def _no_autocast(device_type: str) -> AbstractContextManager[Any]:
+    # the meta device, on which costs are counted, knows no autocast
+    known = torch.amp.is_autocast_available(device_type)
+    return torch.autocast(device_type, enabled=False) if known else nullcontext()
 
 
 def best_edges(score: Tensor, num_edges: int | Tensor) -> Tensor:
@@ -128,7 +136,7 @@ def merge_rows(
         rows = rows * (assign >= 0).unsqueeze(-1)
     # one flat index_add: on CPUs five times faster than scatter_add along the middle axis
     flat = assign.clamp(min=0) + num_kept * torch.arange(batch, device=x.device)[:, None]
-    summed = rows.new_zeros(batch * num_kept, rows.shape[-1]).index_add(0, flat.flatten(), rows.flatten(0, 1))
+    summed = rows.new_zeros(batch * num_kept, rows.shape[-1]).index_add_(0, flat.flatten(), rows.flatten(0, 1))
     # rows of size 0 are padding and stay 0
     mean = summed.unflatten(0, (batch, num_kept)) / new_layout.sizes.clamp(min=1e-6).unsqueeze(-1)
     return torch.cat([prefix, mean.to(x.dtype)], dim=1), new_layout

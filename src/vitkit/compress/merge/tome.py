@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from vitkit.anatomy import host
 from vitkit.compress.change import Change
+from vitkit.compress.cost import count_params
 from vitkit.compress.merge.matching import (
     best_edges,
     bipartite_match,
@@ -129,11 +130,10 @@ def tome(
         tokens.append(tokens[-1] - min(count, tokens[-1] // 2))
     if images is not None and len(images):
         try_once(new, images)
-    params = sum(p.numel() for p in model.parameters())
     change = Change(
         what=f"merges {num_tokens - tokens[-1]} of {num_tokens} patch tokens over {len(blocks)} blocks (ToMe)",
-        params_before=params,
-        params_after=sum(p.numel() for p in new.parameters()),
+        params_before=count_params(model),
+        params_after=count_params(new),
         touched=tuple(f"blocks.{i}.reduce" for i in blocks),
         lost="patch tokens are no longer the cells of the grid; maps come back through layout.unmerge",
         details={"tokens": tokens, "merges": merges, "blocks": blocks, "proportional": proportional, "realised": "yes"},

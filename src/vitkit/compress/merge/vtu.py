@@ -113,34 +113,30 @@ def _exact(
     batch, num_heads, num_tokens, head_dim = q.shape
     num_positions = source.shape[1]
     index = source.clamp(min=0)
-    # place of (token of m, token of n) in the flattened U×U products
-    both = (index[:, :, None] * num_tokens + index[:, None, :]).flatten(1)[:, None, None]
     wide = torch.promote_types(q.dtype, torch.float32)
-    cos, sin = (_over_heads(t, wide).transpose(-1, -2) for t in (angles.cos(), angles.sin()))
-    (q1, q2), (k1, k2) = (tuple(t.transpose(-1, -2) for t in _split(x.to(wide), pairs)) for x in (q, k))
-    logits = q1.new_zeros(batch, num_heads, num_positions, num_positions)
+    theta = (angles if angles.ndim == 3 else angles[None]).to(wide)
+    # (B, U, H, F): heads and pairs stand last, so that gathering a pair of tokens copies one contiguous row
+    (q1, q2), (k1, k2) = (_split(t.to(wide).transpose(1, 2), pairs) for t in (q, k))
+    image = torch.arange(batch, device=q.device)[:, None, None]
+    rows, columns = index[:, :, None], index[:, None, :]
+    logits = q1.new_zeros(batch, num_positions, num_positions, num_heads)
     per_chunk = max(1, _CHUNK // max(1, batch * num_heads * num_positions**2))
     for start in range(0, head_dim // 2, per_chunk):
         at = slice(start, start + per_chunk)
-        a1, a2 = q1[:, :, at, :, None], q2[:, :, at, :, None]
-        b1, b2 = k1[:, :, at, None, :], k2[:, :, at, None, :]
-        dot, cross = a1 * b1 + a2 * b2, a1 * b2 - a2 * b1
-        gathered = both.expand(-1, num_heads, dot.shape[2], -1)
-        shape = (*dot.shape[:3], num_positions, num_positions)
-        dot = dot.flatten(3).gather(3, gathered).view(shape)
-        cross = cross.flatten(3).gather(3, gathered).view(shape)
-        cos_m, sin_m = cos[:, :, at, :, None], sin[:, :, at, :, None]
-        cos_n, sin_n = cos[:, :, at, None, :], sin[:, :, at, None, :]
-        same = cos_m * (dot * cos_n - cross * sin_n)
-        turned = sin_m * (dot * sin_n + cross * cos_n)
-        logits = logits + (same + turned).sum(2)
+        a1, a2 = q1[:, :, None, :, at], q2[:, :, None, :, at]
+        b1, b2 = k1[:, None, :, :, at], k2[:, None, :, :, at]
+        dot, cross = (a1 * b1 + a2 * b2)[image, rows, columns], (a1 * b2 - a2 * b1)[image, rows, columns]
+        delta = theta[:, :, None, at] - theta[:, None, :, at]
+        cos, sin = (t.expand(batch, -1, -1, -1).unsqueeze(-1) for t in (delta.cos(), delta.sin()))
+        logits = logits + (dot @ cos + cross @ sin).squeeze(-1)
+    logits = logits.permute(0, 3, 1, 2)
     logits = logits / math.sqrt(head_dim)
     if bias is not None:
         logits = logits + bias
     weights = logits.softmax(dim=-1).to(v.dtype)
     # the weights of all positions of a token add up before they meet its value: W M, then (W M) V
-    columns = index[:, None, None, :].expand_as(weights)
-    per_token = weights.new_zeros(batch, num_heads, num_positions, num_tokens).scatter_add(3, columns, weights)
+    to = index[:, None, None, :].expand_as(weights)
+    per_token = weights.new_zeros(batch, num_heads, num_positions, num_tokens).scatter_add(3, to, weights)
     return per_token @ v
 
 

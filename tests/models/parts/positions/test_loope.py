@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+
 from vitkit.errors import BadInput, UnknownName
 from vitkit.models.layout import TokenLayout
 from vitkit.models.parts.positions.loope import LOOPE
@@ -120,9 +121,12 @@ def test_other_grids_need_the_static_code():
 
 
 def test_images_that_do_not_fill_the_grid_are_resized():
-    model, _ = host(img_size=(9, 13), dynamic_img_pad=True, dynamic_img_size=True)
-    wake(model.position)
-    assert model(torch.rand(2, 3, 9, 13)).shape == (2, 5)
+    part = LOOPE(16, (5, 7), (2, 2), num_prefix=0)
+    wake(part)
+    images = torch.rand(2, 3, 9, 13)
+    resized = torch.nn.functional.interpolate(images, size=(10, 14), mode="bilinear")
+    layout = TokenLayout(grid=(5, 7))
+    assert torch.equal(part.places(layout, images), part.places(layout, resized))
 
 
 def test_reduced_tokens_and_a_missing_image_are_refused():

@@ -321,6 +321,7 @@ def _advice(spec: PartSpec | None = None) -> str:
     fitting = [*below, *[c for c in counts if c > spec.num_patches][:1]]
     words = " or ".join(str(c) for c in fitting)
     hint = f"With {prefix} prefix tokens it works for {words} patch tokens: change patch size, image size or tokenizer"
+    hint += " (`row-stripes` makes any number)"
     if prefix != 0 and not spec.num_patches & (spec.num_patches - 1):
         hint += f"; or keep the {spec.num_patches} patches and drop the prefix tokens"
     return hint + ". Pad tokens, never the matrix."

@@ -308,8 +308,8 @@ class Charm(nn.Module):
         (cells_h, cells_w), largest = plan.cells, self.sides[-1]
         device = coords.device
         scale_of = torch.zeros(batch, cells_h * cells_w, dtype=torch.long, device=device)
-        for scale, cells in enumerate(chosen):
-            scale_of = scale_of.scatter(1, cells, scale)
+        for number, cells in enumerate(chosen):
+            scale_of = scale_of.scatter(1, cells, number)
         rows = torch.arange(cells_h * largest, device=device)[:, None].expand(-1, cells_w * largest).flatten()
         cols = torch.arange(cells_w * largest, device=device).repeat(cells_h * largest)
         cell = torch.div(rows, largest, rounding_mode="floor") * cells_w + torch.div(
