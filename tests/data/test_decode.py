@@ -224,7 +224,7 @@ def test_channels_convert_or_refuse():
 @given(h=st.integers(1, 300), w=st.integers(1, 300), th=st.integers(1, 64), tw=st.integers(1, 64))
 def test_fitted_region_has_the_targets_shape_and_lies_inside(h, w, th, tw):
     left, top, right, bottom = fit_box(h, w, (th, tw))
-    assert left >= -1e-6 and top >= -1e-6 and right <= w + 1e-6 and bottom <= h + 1e-6
+    assert 0 <= left < right <= w and 0 <= top < bottom <= h
     assert (right - left) * th == pytest.approx((bottom - top) * tw, rel=1e-6)
     assert min(w - (right - left), h - (bottom - top)) == pytest.approx(0, abs=1e-6)
 

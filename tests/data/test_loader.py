@@ -18,7 +18,7 @@ from vitkit.errors import BadInput, UnknownName
 def photos(tmp_path_factory):
     root = tmp_path_factory.mktemp("photos")
     rng = np.random.default_rng(0)
-    for n, name in enumerate(["a", "b"]):
+    for name in "ab":
         (root / name).mkdir()
         for i in range(12):
             coarse = rng.integers(0, 256, (9, 9, 3), dtype=np.uint8)

@@ -256,10 +256,14 @@ def fit_box(height: int, width: int, size: tuple[int, int], fit: Fit = "crop") -
     """
     if fit == "squash":
         return 0.0, 0.0, float(width), float(height)
-    scale = min(height / size[0], width / size[1])
-    h, w = size[0] * scale, size[1] * scale
-    left, top = (width - w) / 2, (height - h) / 2
-    return left, top, left + w, top + h
+    # the binding side is taken whole, not recomputed: a rounding error would put the region outside the image
+    if height * size[1] <= width * size[0]:
+        w = min(float(width), height * size[1] / size[0])
+        left = (width - w) / 2
+        return left, 0.0, min(left + w, float(width)), float(height)
+    h = min(float(height), width * size[0] / size[1])
+    top = (height - h) / 2
+    return 0.0, top, float(width), min(top + h, float(height))
 
 
 def resample(array: np.ndarray, box: tuple[float, float, float, float], size: tuple[int, int]) -> np.ndarray:

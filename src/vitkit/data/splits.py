@@ -183,8 +183,8 @@ def _by_group(strata: np.ndarray, groups: np.ndarray, shares: np.ndarray, rng: n
     """Part number of each row, whole groups at a time.
 
     Groups are placed one by one, those with the largest share of some stratum first, each where it lowers
-    ``Σ_pc (n_pc − m_pc)² / m_pc`` most: n_pc images of stratum c in part p so far, m_pc the ideal. Dividing by the ideal
-    fills small and large parts at the same pace, and keeps large groups out of small parts.
+    ``Σ_pc (n_pc − m_pc)² / m_pc`` most: n_pc images of stratum c in part p so far, m_pc the ideal. Dividing by the
+    ideal fills small and large parts at the same pace, and keeps large groups out of small parts.
     """
     table = strata.astype(np.float64) if strata.ndim == 2 else np.eye(int(strata.max()) + 1)[strata]
     # the number of images is one more thing to balance

@@ -82,10 +82,11 @@ def run(seeds: tuple[int, ...] = (0, 1, 2), progress: Callable[[str, int, int], 
         {"model": model, "attack": attack, **{k: _summary([f[k] for f in figures]) for k in figures[0]}}
         for (model, attack), figures in table.items()
     ]
-    gain = paired(within["et"], within["pgd"])
+    gain = paired(within["et"], within["pgd"]) if within["et"] else None
     notes = (
         f"Clean accuracy: CNN {summarise(clean['cnn'])}, ViT {summarise(clean['vit'])}. "
-        f"ET-DeepFool minus PGD-L2, successes at c=0.95 within the same length: {_interval(gain)} over "
+        f"ET-DeepFool minus PGD-L2, successes at c=0.95 within the same length: "
+        f"{_interval(gain) if gain else 'no success, so no length'} over "
         f"{len(within['et'])} image-model pairs (half of ET-DeepFool's own successes lie within their median)."
     )
     for c, by_model in change.items():
@@ -97,7 +98,7 @@ def run(seeds: tuple[int, ...] = (0, 1, 2), progress: Callable[[str, int, int], 
     return Evidence(
         claim="ET DeepFool reaches a chosen class at a demanded confidence with a smaller change than another "
         "targeted attack: at equal L2 length it succeeds more often than targeted PGD.",
-        shown=True if gain[1] > 0 else False if gain[2] < 0 else None,
+        shown=None if gain is None or gain[1] <= 0 <= gain[2] else gain[1] > 0,
         rows=rows,
         notes=notes,
         settings={

@@ -70,7 +70,8 @@ def run(seeds: tuple[int, ...] = (0, 1, 2), progress: Callable[[str, int, int], 
             f"Without the attention skip {100 * lost_attn:.1f} points are lost, without the MLP skip "
             f"{100 * lost_mlp:.1f}. The best graying arm differs from the baseline by {100 * best:+.1f} points; gains "
             "of 0.2–0.4 points as in the paper are below what this many images and seeds can resolve. `shown` speaks "
-            "of the skips only."
+            "of the skips only. Likely reason where it does not show: after so few steps no arm has converged, and a "
+            "slow start costs as much as a failure to train; the paper trains for hundreds of epochs."
         ),
         settings={
             "data": "Fashion-MNIST",

@@ -106,7 +106,7 @@ class Attention(TimmAttention):
     def _needs_weights(self, layout: TokenLayout) -> bool:
         if self.normalizer is not None or not self.fused_attn:
             return True
-        if any(edit.kind == "set" for edit in layout.edits):
+        if layout.edits and any(edit.kind == "set" for edit in layout.edits):
             return True
         tap = layout.tap
         return tap is not None and (
