@@ -39,7 +39,9 @@ def test_nothing_to_say_about_clean_data(folder):
         "test": {"cat": 4, "dog": 4},
     }
     assert (report.num_images, report.channels, report.sizes["median"]) == (40, {3: 40}, (96, 96))
-    json.dumps(report.to_dict())
+    plain = json.loads(json.dumps(report.to_dict()))
+    assert plain["image_sizes"] == "smallest 96×96, median 96×96, largest 96×96"
+    assert plain["image_channels"] == "3 (40 images)"
 
 
 @pytest.mark.parametrize("how", ["copy", "jpeg", "smaller", "brighter"])

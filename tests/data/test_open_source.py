@@ -17,7 +17,7 @@ from PIL import Image
 
 from vitkit.data import open_source
 from vitkit.data.tree import FolderTree
-from vitkit.errors import BadInput, MissingExtra
+from vitkit.errors import BadInput, MissingExtra, VitkitError
 
 
 def picture(seed: int, size: tuple[int, int] = (12, 10), chans: int = 3) -> Image.Image:
@@ -279,6 +279,10 @@ def test_the_check_of_all_images_is_remembered(tmp_path, monkeypatch):
     assert again.skipped == first.skipped and len(again.skipped) == 1
     assert keys(again) == keys(first)
     np.testing.assert_array_equal(again.looks().hashes, first.looks().hashes)
+    content = (tmp_path / "seen.npz").read_bytes()
+    (tmp_path / "seen.npz").write_bytes(content[: len(content) // 2])
+    with pytest.raises(VitkitError, match="seen.npz is damaged.*delete it"):
+        open_source(tmp_path / "d", memory=tmp_path / "seen.npz")
 
 
 # -- bad input -------------------------------------------------------------------------------------------------------

@@ -88,6 +88,12 @@ def test_no_group_is_ever_in_two_parts(groups, k, task, seed):
         assert not (sets[0] & sets[1] or sets[0] & sets[2] or sets[1] & sets[2])
 
 
+def test_a_class_of_one_image_is_trained_on():
+    for seed in range(10):
+        [fold] = split(source_of([0] * 30 + [1] * 30 + [2]), seed=seed)
+        assert 60 in fold.train
+
+
 def test_groups_keep_class_shares_about_right():
     rng = np.random.default_rng(0)
     groups = rng.integers(0, 100, 1000)

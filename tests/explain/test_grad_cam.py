@@ -124,6 +124,8 @@ def test_targets_chunks_and_types():
     net, target = model(), torch.tensor([2, 0, 3])
     together = grad_cam(net, IMAGES, target)
     torch.testing.assert_close(grad_cam(net, IMAGES, target, chunk=1).map, together.map)
+    with torch.inference_mode():
+        torch.testing.assert_close(grad_cam(net, IMAGES + 0.0, target + 0).map, together.map)
     half = grad_cam(net.to(torch.bfloat16), IMAGES, target)
     assert half.map.dtype == torch.float32
     torch.testing.assert_close(half.map, together.map, atol=0.05 * together.map.max().item(), rtol=0.2)

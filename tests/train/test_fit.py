@@ -501,8 +501,23 @@ def test_a_checkpoint_is_written_every_n_steps(tmp_path, monkeypatch):
     monkeypatch.setattr(
         fit_module, "save_checkpoint", lambda folder, step, *rest: (steps.append(step), real(folder, step, *rest))
     )
+    monkeypatch.setattr(fit_module, "_SAVING_SHARE", -1.0)
     fit(_objective(), Ordered(), settings=TrainSettings(epochs=2, checkpoint_steps=4, **PLAIN), out_dir=tmp_path)
-    assert steps == [4, 6, 8, 12]
+    assert steps == [4, 8, 12]
+
+
+def test_short_epochs_do_not_spend_their_time_on_checkpoints(tmp_path, monkeypatch):
+    steps = []
+    real = fit_module.save_checkpoint
+
+    def slow(folder, step, *rest):
+        steps.append(step)
+        fit_module.time.sleep(0.05)
+        return real(folder, step, *rest)
+
+    monkeypatch.setattr(fit_module, "save_checkpoint", slow)
+    fit(_objective(), Ordered(16, 16), settings=TrainSettings(epochs=12, **PLAIN), out_dir=tmp_path)
+    assert steps[0] == 1 and steps[-1] == 12 and len(steps) < 8
 
 
 _SERVER = """

@@ -2,7 +2,7 @@
 
 from vitkit.data.augment import AUGMENTATIONS
 from vitkit.data.checks import DataReport, Leak, check
-from vitkit.data.decode import decode, read_image
+from vitkit.data.decode import read_image
 from vitkit.data.loader import Loader, make_loader, mean_std
 from vitkit.data.look import perceptual_hash
 from vitkit.data.open import open_source
@@ -19,7 +19,6 @@ __all__ = [
     "Skipped",
     "Source",
     "check",
-    "decode",
     "make_loader",
     "mean_std",
     "open_source",

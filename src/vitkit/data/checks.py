@@ -85,8 +85,9 @@ class DataReport:
                 for pair in self.leakage
             ],
             "constant": list(self.constant),
-            "sizes": {name: f"{h}×{w}" for name, (h, w) in self.sizes.items()},
-            "channels": {str(c): n for c, n in self.channels.items()},
+            # sentences, because that is how a report shows them
+            "image_sizes": ", ".join(f"{name} {h}×{w}" for name, (h, w) in self.sizes.items()),
+            "image_channels": ", ".join(f"{c} ({n} images)" for c, n in self.channels.items()),
             "warnings": list(self.warnings),
         }
 
@@ -113,8 +114,7 @@ def check(source: Source, folds: Sequence[Fold], progress: Progress | None = Non
     counts = {name: _counts(source, getattr(folds[0], name)) for name in _SPLITS if len(getattr(folds[0], name))}
     pairs = _leaks(looks, parts, progress)
     constant = tuple(source.records[i].key for i in np.flatnonzero(looks.constant))
-    warnings = [*source.warnings]
-    warnings += _about_classes(source, counts, folds)
+    warnings = _about_classes(source, counts, folds)
     warnings += _about_groups(source, parts)
     warnings += _about_images(source, looks, constant)
     warnings += _about_leaks(source, looks, pairs)

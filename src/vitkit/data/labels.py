@@ -69,9 +69,7 @@ def some(items: Sequence[str], limit: int = 5) -> str:
     return ", ".join(items[:limit]) + rest
 
 
-def as_regression(
-    labels: Sequence[Label], classes: Sequence[str], keys: Sequence[str], where: str
-) -> list[int | float | tuple[float, ...]]:
+def as_regression(labels: Sequence[Label], classes: Sequence[str], where: str) -> list[float]:
     """Class numbers → the numbers that the class names say (a folder named ``12.5``)."""
     values = numbers(list(classes), [f"class {c!r}" for c in classes], where)
     return [values[int(label)] for label in labels]  # type: ignore[arg-type]

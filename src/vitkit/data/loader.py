@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from vitkit.data.augment import change_values, crop_boxes, draws, move_pixels, resolve
-from vitkit.data.decode import Fit, Unreadable, draft_size, fit_box, resample, to_channels, to_unit
+from vitkit.data.decode import Fit, Unreadable, draft_size, fit_box, quiet, resample, to_channels, to_unit
 from vitkit.data.source import Source
 from vitkit.errors import BadInput, VitkitError
 
@@ -96,7 +96,7 @@ class Memory:
             self.images[index] = self.prepare.one(index)
 
         if self.prepare.source.pixels.decodes:
-            with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+            with quiet(), ThreadPoolExecutor(os.cpu_count() or 1) as pool:
                 for _ in pool.map(put, missing.tolist()):
                     pass
         else:
@@ -251,8 +251,13 @@ class Loader:
         if self._workers is None:
             self._workers = self._start_workers()
         self._plan.steps = [(epoch, step) for step in range(start, end)]
-        for step, images in zip(range(start, end), self._workers):
-            yield self._finish(epoch, step, images)
+        try:
+            for step, images in zip(range(start, end), self._workers):
+                yield self._finish(epoch, step, images)
+        except VitkitError:
+            # kept alive by the traceback, the workers would be torn down in an order that makes torch wait for seconds
+            self._workers = None
+            raise
 
     def _start_workers(self) -> DataLoader[Any]:
         prefetch = 2
@@ -317,7 +322,8 @@ class _Work(Dataset[Any]):
         u = draws(self.seed, epoch, numbers)
         boxes = crop_boxes(u) if "crop" in self.names else [None] * len(numbers)
         try:
-            pictures = [self.prepare.one(int(i), box) for i, box in zip(numbers, boxes)]
+            with quiet():
+                pictures = [self.prepare.one(int(i), box) for i, box in zip(numbers, boxes)]
         except VitkitError as error:
             # raised again by the main process, without the worker's traceback around it
             return str(error)

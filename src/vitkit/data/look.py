@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-import warnings
+import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from vitkit.data.decode import Unreadable
+from vitkit.data.decode import Unreadable, quiet
 from vitkit.errors import VitkitError
 from vitkit.files import atomic_write
 
@@ -87,10 +87,7 @@ def look(
             return f"it cannot be opened ({error.strerror or error})"
         return (*_summary(array), size, digest)
 
-    # catch_warnings is not safe inside threads, so it surrounds them: damaged EXIF and huge sizes are told by us
-    with warnings.catch_warnings(), ThreadPoolExecutor(threads or os.cpu_count() or 1) as pool:
-        warnings.filterwarnings("ignore", module=r"PIL\.")
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+    with quiet(), ThreadPoolExecutor(threads or os.cpu_count() or 1) as pool:
         for start in range(0, count, _CHUNK):
             rows = range(start, min(start + _CHUNK, count))
             results = list(pool.map(one, rows))
@@ -203,5 +200,5 @@ def recall(path: Path, fingerprint: str) -> tuple[Looks, dict[int, str]] | None:
             return Looks(**{name: kept[name] for name in Looks.__dataclass_fields__}), bad
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise VitkitError(f"{path} is damaged ({error}); delete it, it is only a memory of checks.") from error

@@ -12,7 +12,6 @@ import numpy as np
 
 from vitkit.data.arrays import ArrayListing, list_arrays
 from vitkit.data.decode import Reading, Unreadable, to_array
-from vitkit.data.labels import Label
 from vitkit.data.look import digest
 from vitkit.data.source import Record, Split
 from vitkit.errors import BadInput, MissingExtra, unknown
@@ -207,14 +206,3 @@ def _not_had(name: str, error: Exception) -> BadInput:
 def mirror_safe(name: str) -> bool:
     """False for data sets of digits and letters, by their name."""
     return not any(word in name.lower() for word in NOT_MIRRORED)
-
-
-__all__ = [
-    "DatasetPixels",
-    "Label",
-    "cache_folder",
-    "list_digits",
-    "list_hf",
-    "list_torchvision",
-    "mirror_safe",
-]

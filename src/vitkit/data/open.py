@@ -300,5 +300,5 @@ def _at_least_two(source: Source) -> None:
 
 
 def _to_regression(records: Sequence[Record], classes: Sequence[str], name: str) -> list[Record]:
-    values = as_regression([r.label for r in records], classes, [r.key for r in records], name)
+    values = as_regression([r.label for r in records], classes, name)
     return [Record(r.key, v, r.group, r.split, r.weight) for r, v in zip(records, values)]

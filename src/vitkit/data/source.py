@@ -84,7 +84,6 @@ class Source:
     where: np.ndarray
     fingerprint: str
     skipped: list[Skipped] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
     mirror: bool = True
     value_range: tuple[float, float] | None = None
     _looks: Looks | None = field(default=None, repr=False)

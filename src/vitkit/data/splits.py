@@ -165,6 +165,7 @@ def _by_class(classes: np.ndarray, shares: np.ndarray, rng: np.random.Generator)
     """
     out = np.empty(len(classes), np.int64)
     carried = np.zeros(len(shares))
+    largest = int(np.argmax(shares))
     for c in rng.permutation(np.unique(classes)):
         members = rng.permutation(np.flatnonzero(classes == c))
         ideal = shares * len(members)
@@ -172,6 +173,9 @@ def _by_class(classes: np.ndarray, shares: np.ndarray, rng: np.random.Generator)
         left = len(members) - int(counts.sum())
         # the parts that are owed most take one each; a share of 0 is never owed anything
         owed = np.where(ideal > counts, carried + ideal - counts, -np.inf)
+        if counts[largest] == 0 and shares[largest] > shares[shares > 0].min():
+            # a class of one or two images is of no use where nothing learns it
+            owed[largest] = np.inf
         for p in np.argsort(-owed, kind="stable")[:left]:
             counts[p] += 1
         carried += ideal - counts

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -23,6 +22,8 @@ PATCH, NUM_TOKENS = 7, 17
 # differences below this count as kept accuracy; fixed before the first run
 MARGIN = 0.01
 INIT_ARMS = {"default init": "", "DCT on q": "q", "DCT on k": "k", "DCT on v": "v", "DCT on k, v": "kv"}
+# orthonormal rows of the same length as the DCT, in random directions: what the DCT itself adds shows against it
+_CONTROL = "random orthogonal on k, v"
 TAUS = (1.0, 0.75, 0.5)
 _BASE = next(iter(INIT_ARMS))
 
@@ -36,6 +37,7 @@ def run(seeds: tuple[int, ...] = (0, 1, 2), progress: Callable[[str, int, int], 
     """
     world = fashion_mnist(NUM_TRAIN, NUM_TEST)
     arms: dict[str, tuple[str, float | None]] = {name: (which, None) for name, which in INIT_ARMS.items()}
+    arms[_CONTROL] = ("orthogonal", None)
     arms |= {f"τ={tau:g}, from scratch": ("", tau) for tau in TAUS}
     runs: dict[str, list[_Run]] = {}
     energy: list[float] = []
@@ -51,9 +53,10 @@ def run(seeds: tuple[int, ...] = (0, 1, 2), progress: Callable[[str, int, int], 
                 for small in TAUS[1:]:
                     runs.setdefault(f"τ={small:g}, cut from trained", []).append(_cut(trained, small, world))
     scratch = [f"τ={tau:g}, from scratch" for tau in TAUS]
-    order = [*INIT_ARMS, *scratch, *[name for name in runs if name not in arms]]
+    order = [*INIT_ARMS, _CONTROL, *scratch, *[name for name in runs if name not in arms]]
     rows = [_row(name, runs, scratch[0] if name.startswith("τ") and "scratch" in name else _BASE) for name in order]
     start = paired(_per_image(runs["DCT on k, v"]), _per_image(runs[_BASE]))
+    control = [100 * value for value in paired(_per_image(runs["DCT on k, v"]), _per_image(runs[_CONTROL]))]
     kept = paired(_per_image(runs[scratch[1]]), _per_image(runs[scratch[0]]))
     return Evidence(
         claim=(
@@ -65,6 +68,8 @@ def run(seeds: tuple[int, ...] = (0, 1, 2), progress: Callable[[str, int, int], 
         notes=(
             "difference: accuracy in points after the last epoch, with a 95 % interval over test images (an image's "
             "value is its mean over seeds); against the default start, and for the arms from scratch against τ=1. "
+            "DCT on k, v against random orthogonal matrices of the same scale: "
+            f"{control[0]:+.1f} [{control[1]:+.1f}, {control[2]:+.1f}] points. "
             f"Kept means not more than {MARGIN * 100:g} point lost. 'cut from trained' compresses the trained default "
             "model by truncated SVD without any further training. kmacs: thousand multiplications of all attention "
             f"layers for one image, counted. Energy of trained tokens in 75 % of the coefficients: "
@@ -89,7 +94,9 @@ class _Run:
 
 def _train(world: World, which: str, tau: float | None, seed: int) -> _Run:
     model = tiny_vit(img_size=world.img_size, patch_size=PATCH, num_classes=world.num_classes, seed=seed)
-    if which:
+    if which == "orthogonal":
+        _start_orthogonal(model, seed)
+    elif which:
         init_dct(model, which)
     if tau is not None:
         swap(model, "mixer", DCTAttention, warm=False, tau=tau)
@@ -118,9 +125,16 @@ def _start_like_the_host(model: nn.Module, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     linear: Any
     for block in host(model).blocks:
-        for linear, parts in ((block.attn.qkv, 3), (block.attn.proj, 1)):
-            bound = math.sqrt(6 / (linear.in_features + linear.out_features / parts))
-            nn.init.uniform_(linear.weight, -bound, bound, generator=generator)
+        for linear in (block.attn.qkv, block.attn.proj):
+            nn.init.xavier_uniform_(linear.weight, generator=generator)
+
+
+@torch.no_grad()
+def _start_orthogonal(model: nn.Module, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for block in host(model).blocks:
+        for part in block.attn.qkv.weight.chunk(3)[1:]:
+            part.copy_(nn.init.orthogonal_(torch.empty_like(part), generator=generator))
 
 
 def _hits(model: nn.Module, world: World) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vitkit.evidence.record import Evidence, paired, summarise
-from vitkit.stress.attacks import AttackResult, deepfool, et_deepfool, pgd
+from vitkit.stress.attacks import AttackResult, carlini_wagner, deepfool, et_deepfool, pgd
 from vitkit.testing.worlds import World, accuracy, cifar10, fit_tiny, predict_logits, tiny_vit
 
 NUM_TRAIN, NUM_TEST, NUM_ATTACKED = 5000, 1000, 32
@@ -70,6 +70,10 @@ def run(seeds: tuple[int, ...] = (0, 1, 2), progress: Callable[[str, int, int], 
                         within["pgd"] += reached.double().tolist()
                 if not options:
                     found[c][name] = result
+            result, seconds = _timed(carlini_wagner, model, x, y, target=target, steps=60, search_steps=4)
+            table.setdefault((name, "C&W-L2, c=0"), []).append(
+                _figures(result, result.success, result.success, seconds)
+            )
             result, seconds = _timed(deepfool, model, x, y)
             table.setdefault((name, "DeepFool, untargeted"), []).append(
                 _figures(result, result.success, result.success, seconds)
@@ -107,6 +111,7 @@ def run(seeds: tuple[int, ...] = (0, 1, 2), progress: Callable[[str, int, int], 
             "models": "CNN of 3 convolutions; ViT of width 64, 4 blocks, patch 4 (the paper: 10 ImageNet networks)",
             "epochs": EPOCHS,
             "pgd": f"L2, {PGD_STEPS} steps of 2.5 ε / {PGD_STEPS}, start at the image; the best iterate counts",
+            "c&w": "4 weights, 60 steps of Adam each",
             "columns": "sizes, similarity and confidence are taken over successes",
         },
     )

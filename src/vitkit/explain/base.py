@@ -143,9 +143,10 @@ def in_chunks(
             f"got images of shape {tuple(images.shape)} in chunks of {chunk}; give at least one image (B, C, H, W) "
             "and a positive chunk."
         )
-    if images.is_inference():
-        images = images.clone()
-    whole = None if target is None else torch.as_tensor(target)
+    with torch.inference_mode(False):
+        # tensors made under inference_mode may not enter a graph; copies made outside it may
+        images = images.clone() if images.is_inference() else images
+        whole = None if target is None else torch.as_tensor(target).clone()
     if whole is not None and whole.ndim and whole.shape != (len(images),):
         raise BadInput(f"target must be one index per image, ({len(images)},); it is {tuple(whole.shape)}.")
     pieces = []

@@ -110,10 +110,16 @@ def model_config(recipe: Recipe, facts: DataFacts, fold: int) -> ModelConfig:
     )
 
 
-def _train_settings(protocol: Protocol, epochs: int, seed: int) -> dict[str, Any]:
-    names = ("batch_size", "lr", "weight_decay", "warmup_epochs", "label_smoothing", "mixup", "cutmix", "ema_decay")
-    names += ("clip_grad", "accumulate", "class_weights", "early_stop", "precision", "devices", "strategy")
-    return {**{n: getattr(protocol, n) for n in names}, "epochs": epochs, "seed": seed}
+def default_batch(num_train: int) -> int:
+    """Batch size that gives a small data set some 40 steps an epoch: 16, 32 or 64."""
+    return next((size for size in (16, 32) if num_train < 2 * size * 40), 64)
+
+
+def _train_settings(protocol: Protocol, facts: DataFacts, epochs: int, seed: int) -> dict[str, Any]:
+    names = ("lr", "weight_decay", "warmup_epochs", "label_smoothing", "mixup", "cutmix", "ema_decay", "clip_grad")
+    more = ("accumulate", "class_weights", "early_stop", "precision", "devices", "strategy")
+    batch_size = protocol.batch_size or default_batch(facts.num_train)
+    return {**{n: getattr(protocol, n) for n in names + more}, "batch_size": batch_size, "epochs": epochs, "seed": seed}
 
 
 def make_plan(settings: StudySettings, recipes: list[Recipe], facts: DataFacts, epochs: int) -> Plan:
@@ -139,7 +145,7 @@ def make_plan(settings: StudySettings, recipes: list[Recipe], facts: DataFacts, 
                 upstream: tuple[str, ...] = (facts.key,)
                 key = None
                 for use in recipe.objectives:
-                    train = _train_settings(protocol, protocol.pretrain_epochs or epochs, seed)
+                    train = _train_settings(protocol, facts, protocol.pretrain_epochs or epochs, seed)
                     key = put(
                         "pretrain",
                         f"pretrain {use.name} ({where})",
@@ -156,7 +162,7 @@ def make_plan(settings: StudySettings, recipes: list[Recipe], facts: DataFacts, 
                         **place,
                         "config": config,
                         "pretrained": recipe.pretrained,
-                        "train": _train_settings(protocol, epochs, seed),
+                        "train": _train_settings(protocol, facts, epochs, seed),
                         "optimizer": optimizer,
                         "init": key,
                     },

@@ -59,7 +59,7 @@ class Protocol(Strict):
     seed: int = 0
     epochs: int = Field(30, ge=1)
     pretrain_epochs: int | None = Field(None, ge=1)
-    batch_size: int = Field(64, ge=1)
+    batch_size: int | None = Field(None, ge=1, description="None: 16, 32 or 64, so that an epoch has 40 steps")
     lr: float = Field(1e-3, gt=0)
     weight_decay: float = Field(0.05, ge=0)
     warmup_epochs: float = Field(2.0, ge=0)

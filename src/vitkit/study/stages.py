@@ -106,7 +106,7 @@ class Context:
             indices,
             image_size=facts.image_size,
             in_chans=facts.in_chans,
-            batch_size=batch_size or self.protocol.batch_size,
+            batch_size=batch_size or 64,
             train=train,
             augment=augment if train else "none",
             seed=int(self.settings.get("seed", 0)),

@@ -42,6 +42,7 @@ Progress = Callable[[str, int, int], None]
 Evaluate = Callable[[Any], Mapping[str, float]]
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 _SPREAD = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+_SAVING_SHARE = 0.05
 _NO_SUMS = {"loss": 0.0, "steps": 0.0, "seconds": 0.0}
 
 
@@ -157,6 +158,8 @@ class _Run:
         self.logs: dict[str, float] = {}
         self.best: dict[str, Any] = {"score": -math.inf, "epoch": None, "weights": None, "stale": 0}
         self.rng_at_epoch: dict[str, Any] = {}
+        # when the last checkpoint was written, and how long that took
+        self.saved = (time.perf_counter(), 0.0)
 
     # -- the run -----------------------------------------------------------------------------------------------
 
@@ -299,7 +302,11 @@ class _Run:
         self.history.seconds += seconds + time.perf_counter() - started
         self.history.rows.append(row)
         self.epoch, self.batch = self.epoch + 1, 0
-        self._save()
+        last = self.epoch == self.settings.epochs or self.history.stopped_early
+        since, cost = time.perf_counter() - self.saved[0], self.saved[1]
+        # epochs of a small study take less time than syncing a disk; processes must agree, so several always save
+        if last or self.world > 1 or cost <= _SAVING_SHARE * since:
+            self._save()
 
     def _over_processes(self, sums: dict[str, float], steps: float) -> dict[str, float]:
         """Means per step; over the processes too, where there are several."""
@@ -310,10 +317,9 @@ class _Run:
 
     def _validate(self) -> dict[str, float]:
         own = self.evaluate or getattr(self.objective, "evaluate", None) or self._mean_loss
-        devices = [self.fabric.device] if self.fabric.device.type == "cuda" else []
-        # a fork with a fixed seed: masks of a validation loss are the same each epoch, and training's draws go on
-        with torch.random.fork_rng(devices=devices), self._averaged_weights():
-            torch.manual_seed(self.settings.seed)
+        # a seed of its own: masks of a validation loss are the same each epoch, and training's draws go on
+        with _random_state_kept(), self._averaged_weights():
+            _seed(self.settings.seed)
             self.objective.eval()
             with torch.no_grad(), precision.autocast(self.format, self.fabric.device):
                 scores = dict(own(self.val_loader))
@@ -510,6 +516,7 @@ class _Run:
     def _save(self) -> None:
         if self.out_dir is None:
             return
+        started = time.perf_counter()
         rng: list[Any] = [_random_state()]
         if self.world > 1:
             rng = [None] * self.world
@@ -539,6 +546,8 @@ class _Run:
         prefix = self._prefix()
         model = {name.removeprefix(prefix): value for name, value in weights.items()}
         save_checkpoint(self.out_dir, self.step, model, state)
+        ended = time.perf_counter()
+        self.saved = (ended, ended - started)
 
     def _restore(self, weights: dict[str, Tensor], state: dict[str, Any]) -> None:
         self.epoch, self.batch, self.step = state["epoch"], state["batch"], state["step"]

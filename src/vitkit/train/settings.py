@@ -34,7 +34,8 @@ class TrainSettings:
         cutmix: α of CutMix's Beta(α, α); 0 is off. With both on, a fair coin decides for each batch.
         class_weights: classes are weighted; must agree with the task, which applies it.
         early_stop: stop after this many epochs without a better validation score, and keep the best epoch's weights.
-        checkpoint_steps: steps between two checkpoints; one more is written at each epoch's end.
+        checkpoint_steps: steps between two checkpoints; one more is written at each epoch's end, unless the last is so
+            recent that writing would take more than a twentieth of the time.
         seed: of everything random in the run.
         compile: compile the objective with ``torch.compile``.
         devices: processes, each with its own device.

@@ -10,7 +10,7 @@ from torch import nn
 
 from vitkit.errors import BadInput
 from vitkit.models.normalized import NormalizedModel
-from vitkit.stress.attacks import deepfool, et_deepfool, fgsm, pgd
+from vitkit.stress.attacks import carlini_wagner, deepfool, et_deepfool, fgsm, pgd
 
 ATTACKS = {
     "fgsm": fgsm,
@@ -19,6 +19,7 @@ ATTACKS = {
     "pgd-stop": lambda *a, **k: pgd(*a, steps=3, early_stop=True, **k),
     "et-deepfool": lambda *a, **k: et_deepfool(*a, max_iter=4, **k),
     "deepfool": lambda *a, **k: deepfool(*a, max_iter=4, **k),
+    "carlini-wagner": lambda *a, **k: carlini_wagner(*a, steps=6, search_steps=2, learning_rate=0.1, **k),
 }
 # without random draws, so that an image's result may not depend on its batch
 DETERMINISTIC = {

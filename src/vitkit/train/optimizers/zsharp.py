@@ -28,7 +28,7 @@ class ZSharp(PerturbedOptimizer):
     >>> import torch
     >>> w = torch.nn.Parameter(torch.ones(4, 5))
     >>> opt = ZSharp([w], base=torch.optim.SGD, percentile=0.8, lr=0.1)
-    >>> w.grad = torch.arange(20.0).view(4, 5)
+    >>> w.grad = torch.arange(1.0, 21.0).view(4, 5)
     >>> (move,) = opt.perturbation([(w, opt.param_groups[0])])
     >>> int((move != 0).sum()), round(float(move.norm()), 6)
     (4, 0.05)

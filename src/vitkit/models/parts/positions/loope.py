@@ -24,10 +24,10 @@ class LOOPE(nn.Module):
     """One real number per patch, its place on a path through the grid, written in sines and cosines.
 
     ``X = X_G + X_C``, ``E(X) = [sin(X Wᵀ) | cos(X Wᵀ)]`` with ``W_k = 10000^{−2k/D}``, k = 0 … D/2−1; added to the
-    patch tokens in place of the host's table. X_G ∈ {0 … N−1} is the visit number on the path. X_C ∈ (−1, 1)^N comes from the
-    image: channels and two coordinate planes in [0, 1] → convolution p×p, stride p → 32 channels → convolutions 5×5 to
-    16, 8, 4 and 1 channels, GELU after each → batch norm → linear N→N → tanh. The linear layer starts at zero, so
-    training starts from the plain path. Prefix tokens get a learned vector each.
+    patch tokens in place of the host's table. X_G ∈ {0 … N−1} is the visit number on the path. X_C ∈ (−1, 1)^N comes
+    from the image: channels and two coordinate planes in [0, 1] → convolution p×p, stride p → 32 channels →
+    convolutions 5×5 to 16, 8, 4 and 1 channels, GELU after each → batch norm → linear N→N → tanh. The linear layer
+    starts at zero, so training starts from the plain path. Prefix tokens get a learned vector each.
 
     Args:
         dim: D, even.
