@@ -28,7 +28,7 @@ def run(seeds: tuple[int, ...] = (0, 1, 2), progress: Callable[[str, int, int], 
     """Fashion-MNIST with the last block's MLP replaced, and a regression made for wavelets."""
     scores: dict[str, list[float]] = {a: [] for a in ARMS}
     params: dict[str, int] = {}
-    seconds: dict[str, float] = {a: 0.0 for a in ARMS}
+    seconds: dict[str, float] = dict.fromkeys(ARMS, 0.0)
     for s, seed in enumerate(seeds):
         world = fashion_mnist(TRAIN, TEST, seed=seed)
         for i, (arm, (encoder, head)) in enumerate(ARMS.items()):

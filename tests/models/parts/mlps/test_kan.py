@@ -42,12 +42,13 @@ def test_the_layer_is_its_equation():
     torch.nn.init.normal_(layer.spline_weight)
     x = torch.randn(6, 3, dtype=torch.float64).clamp(-1.9, 1.9)
     expected = torch.zeros(6, 2, dtype=torch.float64)
+    base, scale = layer.base_weight.detach(), layer.spline_scale.detach()
     for m in range(6):
         for o in range(2):
             for i in range(3):
                 v = x[m, i]
                 curve = BSpline(layer.knots[i].numpy(), layer.spline_weight[o, i].detach().numpy(), 3)(float(v))
-                expected[m, o] += layer.base_weight[o, i] * v * torch.sigmoid(v) + layer.spline_scale[o, i] * curve
+                expected[m, o] += base[o, i] * v * torch.sigmoid(v) + scale[o, i] * float(curve)
     torch.testing.assert_close(layer(x), expected, atol=1e-5, rtol=1e-5)
 
 
