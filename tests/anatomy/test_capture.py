@@ -231,7 +231,7 @@ def test_check_notices_what_pruning_libraries_break():
 def test_expand_covers_every_copy_once():
     x = torch.arange(3.0).view(3, 1)
     pieces = [(chunk.flatten().tolist(), rows) for chunk, rows in expand(x, 4, chunk=5)]
-    assert sum((values for values, _ in pieces), []) == [0.0] * 4 + [1.0] * 4 + [2.0] * 4
+    assert [v for values, _ in pieces for v in values] == [0.0] * 4 + [1.0] * 4 + [2.0] * 4
     assert [rows.stop for _, rows in pieces] == [5, 10, 12]
 
 

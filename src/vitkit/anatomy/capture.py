@@ -161,7 +161,7 @@ class Trace:
             missing = sorted((self._sites.taps | set(self._sites.modules)) - set(self._values))
             if missing:
                 raise LookupError(
-                    f"Nothing was captured at {missing[:3]}: no forward ran inside the `with`, or the part in that slot "
+                    f"Nothing was captured at {missing[:3]}: no forward ran inside the `with`, or the part there "
                     "has no such call point (for example a mixer without attention weights)."
                 )
 

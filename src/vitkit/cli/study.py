@@ -29,7 +29,7 @@ def study(
     seed: Annotated[int | None, typer.Option(help="First seed, also of the split (default 0).")] = None,
     task: Annotated[str | None, typer.Option(help="classify, multilabel or regress (default: found out).")] = None,
     image_size: Annotated[int | None, typer.Option(min=1, help="Side in pixels (default: the images' own).")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Images a step (default: 16 to 64, by the data).")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Images a step (default: 16 to 64).")] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate (default 1e-3).")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Use at most this many training images.")] = None,
     on: Annotated[str, typer.Option("--on", help="Where stages run: here or ray.")] = "here",

@@ -88,7 +88,7 @@ def _input_kappa(model: torch.nn.Module, images: torch.Tensor) -> float:
     """Median ln κ of the token matrix that enters the patch projection."""
     from vitkit.models.parts.tokenizers.token_graying import TokenGraying, gray
 
-    embed = model.patch_embed
+    embed: Any = model.patch_embed
     if isinstance(embed, TokenGraying):
         patches = gray(embed._patches(images), embed.eps, embed.mode)
     else:

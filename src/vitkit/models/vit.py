@@ -409,19 +409,19 @@ class ViT(VisionTransformer):
 
     def _position_table(self, layout: TokenLayout) -> Tensor:
         """(1 or B, P?+N, D) rows of the absolute table for these tokens."""
+        table = self.get_parameter("pos_embed")
         num_prefix = 0 if self.no_embed_class else self.num_prefix_tokens
         pick = getattr(self.patch_embed, "pick_positions", None)
         if pick is not None:
             # tokenizers with their own token set (multi-scale, packed) pick rows from the table themselves
-            patches = pick(self.pos_embed[:, num_prefix:], self.patch_embed.grid_size, layout)
+            patches = pick(table[:, num_prefix:], self.patch_embed.grid_size, layout)
             if not num_prefix:
                 return patches
-            head = self.pos_embed[:, :num_prefix].expand(patches.shape[0], -1, -1)
-            return torch.cat([head, patches], dim=1)
+            return torch.cat([table[:, :num_prefix].expand(patches.shape[0], -1, -1), patches], dim=1)
         if tuple(layout.grid) == tuple(self.patch_embed.grid_size):
-            return self.pos_embed
+            return table
         return resample_abs_pos_embed(
-            self.pos_embed,
+            table,
             new_size=list(layout.grid),
             old_size=list(self.patch_embed.grid_size),
             num_prefix_tokens=num_prefix,

@@ -166,7 +166,7 @@ def _merge(recipe: Recipe, other: Recipe) -> Recipe:
 def _check(recipe: Recipe) -> Recipe:
     """Every method that a written recipe names must exist and be of the right kind."""
     table = methods()
-    wanted = [
+    wanted: list[tuple[str, list[Any]]] = [
         ("part", recipe.parts),
         ("objective", recipe.objectives),
         ("transform", recipe.transforms),

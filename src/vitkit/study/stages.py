@@ -353,7 +353,7 @@ def _predict(context: Context, out: Path) -> None:
         if len(context.indices(split)):
             values = predict_all(model.to(device()), context.loader(split), task, context.report)
             arrays |= {f"{split}_{name}": v for name, v in zip(("predictions", "labels", "indices"), values)}
-    np.savez(out / "predictions.npz", **arrays)
+    np.savez(out / "predictions.npz", **arrays)  # type: ignore[arg-type]
 
 
 def _explain(context: Context, out: Path) -> None:

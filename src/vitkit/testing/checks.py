@@ -68,7 +68,7 @@ class Place:
             weight_init="jax",
         )
         # this initialisation zeroes the head, and equal zero logits would prove nothing
-        nn.init.normal_(model.head.weight, std=0.3)
+        nn.init.normal_(model.get_parameter("head.weight"), std=0.3)
         return model
 
     def images(self, batch: int = 3, seed: int = 1) -> Tensor:

@@ -78,13 +78,12 @@ class TokenGraying(PatchEmbed):
         new.mode, new.eps, new.place = mode, float(eps), place
         if not warm:
             conv = old.proj
-            new.proj = nn.Conv2d(
-                conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, bias=conv.bias is not None
-            )
+            size = (int(old.patch_size[0]), int(old.patch_size[1]))
+            new.proj = nn.Conv2d(conv.in_channels, conv.out_channels, size, size, bias=conv.bias is not None)
         return new
 
     def forward(self, images: Tensor) -> tuple[Tensor, TokenLayout]:
-        grid = self.dynamic_feat_size(images.shape[-2:])
+        grid = self.dynamic_feat_size((images.shape[-2], images.shape[-1]))
         patches, grid = self._patches(images), (int(grid[0]), int(grid[1]))
         if self.place == "patches":
             patches = gray(patches, self.eps, self.mode)
