@@ -80,6 +80,12 @@ def test_an_attack_with_its_own_size(digits_cnn):
     assert row.goal == "targeted" and row.steps == 100 and 0 < row.attack_success <= 1
 
 
+def test_a_target_that_is_the_right_answer_breaks_nothing(digits_cnn):
+    model, x, y = digits_cnn
+    row = robust_accuracy(model, [(x, y)], fgsm, (0.0,), {"target": int(y[0])})[1]
+    assert row.goal == "targeted" and row.robust_accuracy == row.clean_accuracy and row.attack_success == 0
+
+
 def test_table_for_a_study(digits_cnn):
     model, x, y = digits_cnn
     done = []

@@ -233,3 +233,21 @@ def test_on_ray_gives_the_same_table(tmp_path):
         assert {k: v.value for k, v in a.measures.items()} == pytest.approx(
             {k: v.value for k, v in b.measures.items()}, abs=1e-5
         )
+
+
+def test_patients_never_cross_and_are_resampled_whole(tmp_path):
+    rng = np.random.default_rng(0)
+    rows = ["path,label,group"]
+    for i in range(48):
+        patient, label = i // 4, (i // 4) % 2
+        pixels = (rng.integers(0, 90, (8, 8)) + 140 * label).astype(np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{i}.png")
+        rows.append(f"{i}.png,{label},p{patient}")
+    (tmp_path / "labels.csv").write_text("\n".join(rows))
+    result = run_study(settings(tmp_path / "labels.csv", ["vit", "sinkhorn"]), tmp_path / "out")
+    folder = next((tmp_path / "out" / "stages").glob("data-*"))
+    with np.load(folder / "folds.npz") as data:
+        parts = [set(data["groups"][data[f"{p}_0"]]) for p in ("train", "val", "test")]
+    assert not (parts[0] & parts[1] or parts[0] & parts[2] or parts[1] & parts[2])
+    # McNemar's test takes images as independent; with groups the paired bootstrap over groups is used
+    assert result.recipes[1].versus_baseline.test == "paired bootstrap"

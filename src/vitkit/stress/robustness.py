@@ -180,7 +180,8 @@ class _Run:
                         if name == NOISE
                         else self._call(model, x[at], y[at], epsilon)
                     )
-                    turned = result.success.cpu()
+                    # a target that is the image's own class is reached without an error
+                    turned = (result.success & (result.log["predicted"] != y[at])).cpu()
                     self._seconds[name, i] = self._seconds.get((name, i), 0.0) + time.perf_counter() - started
                     self._results.setdefault((name, i), []).append(result)
                     standing[at[turned.to(at.device)]] = False

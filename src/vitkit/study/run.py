@@ -147,7 +147,7 @@ def _decide_epochs(
         write_text(path, json.dumps([*known, decision], indent=1))
     if decision["epochs"] < wanted:
         notes.append(
-            f"The budget of {budget:g} s cut training from {wanted} to {decision['epochs']} epochs, alike for all "
+            f"The budget of {budget:g} s cut training from {wanted} to {decision['epochs']} epochs, for all alike "
             f"(one epoch of all recipes takes {decision['seconds_per_epoch']:.1f} s here)."
         )
     return decision["epochs"]

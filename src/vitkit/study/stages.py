@@ -166,10 +166,15 @@ def _data(context: Context, out: Path) -> None:
     size = _image_size(data, source, default_patch)
     chans = source.in_chans
     stats = [mean_std(source, f.train, size) for f in folds]
-    np.savez(
-        out / "folds.npz",
-        **{f"{name}_{i}": getattr(f, name) for i, f in enumerate(folds) for name in ("train", "val", "test")},
-    )
+    arrays: dict[str, Any] = {
+        f"{name}_{i}": getattr(f, name) for i, f in enumerate(folds) for name in ("train", "val", "test")
+    }
+    groups = [r.group for r in source.records]
+    if any(g is not None for g in groups):
+        # a record without a group is a group of its own
+        names = [f"group {g}" if g is not None else f"record {i}" for i, g in enumerate(groups)]
+        arrays["groups"] = np.unique(names, return_inverse=True)[1]
+    np.savez(out / "folds.npz", **arrays)
     facts = DataFacts(
         key=context.stage.key,
         task=source.task,

@@ -61,8 +61,10 @@ def summarise(
     if baseline is not None:
         baseline.baseline = True
         measure = "accuracy" if facts.task == "classify" else ("mae" if facts.task == "regress" else "subset_accuracy")
+        entry = next(e for e in plan.recipes if e.recipe.name == baseline.name)
+        groups = test_groups(entry, store, facts)
         family: dict[str, Comparison | None] = {
-            r.name: statistics.compare(scores[r.name], scores[baseline.name], measure=measure)
+            r.name: statistics.compare(scores[r.name], scores[baseline.name], measure=measure, groups=groups)
             for r in recipes
             if r.status == "ok" and r is not baseline and _same_predictions(r, baseline, plan)
         }
@@ -103,6 +105,23 @@ def _same_predictions(a: RecipeResult, b: RecipeResult, plan: Plan) -> bool:
     return entries[a.name].final != entries[b.name].final
 
 
+def test_groups(entry: RecipePlan, store: Store, facts: DataFacts) -> np.ndarray | None:
+    """Group (patient, slide …) of every test image in the order of :func:`stack_predictions`, or None without groups.
+
+    Images of one group are not independent, so intervals and tests resample whole groups.
+    """
+    with np.load(store.folder(facts.key) / "folds.npz") as data:
+        if "groups" not in data:
+            return None
+        codes = data["groups"]
+    indices = []
+    for fold in sorted({fold for fold, _ in entry.predict}):
+        key = next(key for (f, _), key in entry.predict.items() if f == fold)
+        with np.load(store.folder(key) / "predictions.npz") as data:
+            indices.append(data["test_indices"])
+    return codes[np.concatenate(indices)]
+
+
 def stack_predictions(entry: RecipePlan, store: Store) -> tuple[np.ndarray, np.ndarray]:
     """Test predictions (S, N, K) and labels (N,) with folds pooled."""
     seeds = sorted({seed for _, seed in entry.predict})
@@ -135,9 +154,10 @@ def _recipe(
         return row, None
     values, labels = stack_predictions(entry, store)
     resamples = settings.measures.bootstrap
+    groups = test_groups(entry, store, facts)
     curves: dict[str, Any] = {"train": _train_curves(entry, store)}
     if facts.task == "classify":
-        row.measures = statistics.measure_classify(values, labels, resamples=resamples)
+        row.measures = statistics.measure_classify(values, labels, resamples=resamples, groups=groups)
         correct = values.argmax(2) == labels
         curves["reliability"] = statistics.reliability(values, labels)
         curves["confusion"] = statistics.confusion(values, labels)
@@ -145,11 +165,11 @@ def _recipe(
         score = correct
         _add_rejection(row, entry, store)
     elif facts.task == "multilabel":
-        row.measures = statistics.measure_multilabel(values, labels, resamples=resamples)
+        row.measures = statistics.measure_multilabel(values, labels, resamples=resamples, groups=groups)
         score = ((values > 0.5) == labels.astype(bool)).all(-1)
     else:
         targets = np.asarray(labels).reshape(values.shape[1:])
-        row.measures = statistics.measure_regress(values, targets, resamples=resamples)
+        row.measures = statistics.measure_regress(values, targets, resamples=resamples, groups=groups)
         error = np.abs(values - targets)
         score = error.mean(-1)
     if entry.attack is not None and store.has(entry.attack):
