@@ -113,9 +113,9 @@ def quantile(values: Tensor, q: float) -> Tensor:
     flat = values.detach().flatten()
     rank = q * (flat.numel() - 1)
     low = math.floor(rank)
-    lower = flat.kthvalue(low + 1).values
+    # not kthvalue: its time is quadratic in entries that happen to be sorted downwards
+    tail = flat.topk(flat.numel() - low, sorted=False).values
     if rank == low:
-        return lower
-    # the next order statistic is the smallest entry above, or the same value again if it is tied
-    upper = flat.kthvalue(low + 2).values
+        return tail.min()
+    lower, upper = tail.topk(2, largest=False).values
     return torch.lerp(lower, upper, rank - low)
