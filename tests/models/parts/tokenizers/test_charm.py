@@ -82,6 +82,20 @@ def test_a_smaller_image_within_the_budget_is_padded_and_gets_interpolated_posit
     )
 
 
+def test_oblong_patches_and_a_normed_projection_work():
+    proj, norm = nn.Conv2d(3, 8, (2, 4), stride=(2, 4)), nn.LayerNorm(8)
+    nn.init.normal_(norm.weight)
+    images = torch.rand(2, 3, 12, 16)
+    whole, layout = Charm(proj, norm, (12, 16), budget=24)(images)
+    expected = norm(proj(images).flatten(2).mT)
+    torch.testing.assert_close(whole, expected)
+    mixed, layout = Charm(proj, norm, (12, 16), budget=15)(images)
+    assert layout.grid == (6, 4)
+    for b, i in (layout.scale_id == 1).nonzero().tolist():
+        row, col = (layout.coords[b, i] * torch.tensor([6, 4])).long()
+        torch.testing.assert_close(mixed[b, i], expected[b, row * 4 + col])
+
+
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("size", [(20, 28), (21, 13), (64, 50), (4, 90), (3, 3)])
 def test_tokens_never_exceed_the_budget(setting, size):
