@@ -151,7 +151,7 @@ def test_files_that_are_no_images_are_skipped_counted_and_named_in_the_report(tm
     done = run_quick(tmp_path, data)
     assert done.exit_code == 0, done.output
     result = read_json(tmp_path / "out" / "results.json")
-    skipped = {Path(s["key"]).name: s["reason"] for s in result.data["skipped"]}
+    skipped = {Path(s.key).name: s.reason for s in result.data.skipped}
     assert set(skipped) == set(reasons)
     for name, word in reasons.items():
         assert word in skipped[name]
@@ -228,7 +228,7 @@ def test_images_smaller_than_a_patch(tmp_path):
 
 
 def test_too_few_images_to_split(tmp_path):
-    says(run_quick(tmp_path, class_folders(tmp_path / "data", per_class=1)), "cat")
+    says(run_quick(tmp_path, class_folders(tmp_path / "data", per_class=1)), "2 images", "more images")
 
 
 # -- tables ----------------------------------------------------------------------------------------------------------
@@ -253,8 +253,8 @@ def test_a_table_that_names_absent_files_skips_and_counts_them(tmp_path):
     data = table(tmp_path, [*ROWS, "cat/gone.png,cat"])
     done = run_quick(tmp_path, data)
     assert done.exit_code == 0, done.output
-    (skip,) = read_json(tmp_path / "out" / "results.json").data["skipped"]
-    assert "gone.png" in skip["key"] and "line 42 of labels.csv" in skip["reason"]
+    (skip,) = read_json(tmp_path / "out" / "results.json").data.skipped
+    assert "gone.png" in skip.key and "line 42 of labels.csv" in skip.reason
     assert "gone.png" in (tmp_path / "out" / "report.html").read_text()
 
 
@@ -305,11 +305,12 @@ def test_arrays_that_do_not_fit_together(tmp_path):
     [
         ("sinkhornn", ("'sinkhornn'", "Did you mean 'sinkhorn'", "vitkit methods")),
         ("normalizer=sinkhornn", ("'sinkhornn'", "Did you mean 'sinkhorn'")),
-        ("sinkhorn:iterationss=3", ("sinkhorn", "iterationss", "iterations")),
-        ("sinkhorn:iterations", ("'iterations'", "name:key=value")),
-        ("sinkhorn:iterations=[", ("iterations=[",)),
+        ("sinkhorn:stpes=3", ("'sinkhorn'", "'stpes'", "Did you mean 'steps'", "vitkit show sinkhorn")),
+        ("sinkhorn:steps", ("'steps'", "name:key=value")),
+        ("sinkhorn:steps=[", ("steps=[", "'steps'")),
         ("mixer=tome", ("tome", "transform")),
-        ("vit_pico:depht=2", ("vit_pico", "depht", "depth")),
+        ("vit_pico:depht=2", ("vit_pico", "'depht'", "Did you mean 'depth'")),
+        ("vit:depht=2", ("vit_pico", "'depht'", "Did you mean 'depth'")),
     ],
 )
 def test_an_unknown_recipe_or_option(tmp_path, recipe, words):

@@ -57,7 +57,9 @@ def predict_files(folder: Path, images: list[Path]) -> list[dict[str, Any]]:
         elif path.exists():
             files.append(path)
         else:
-            raise BadInput(f"There is no file {path}.")
+            raise BadInput(f"There is no file or folder {path}.")
+    if not files:
+        raise BadInput(f"{', '.join(map(str, images))} holds no image file.")
     rows: list[dict[str, Any]] = []
     for file in files:
         try:

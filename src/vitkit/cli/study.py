@@ -46,6 +46,7 @@ def study(
     from vitkit.study.live import Live
     from vitkit.study.run import run_study
     from vitkit.study.settings import make_settings, read_study
+    from vitkit.study.store import Store
 
     flags: dict[str, Any] = {
         "data": {"task": task, "image_size": image_size, "limit": limit},
@@ -78,7 +79,9 @@ def study(
 
         if not (folder / "study.db").exists():
             raise BadInput(f"{folder} is not a study's folder (it has no study.db), so --restart will not delete it.")
-        shutil.rmtree(folder)
+        # the lock tells a study that is running there, whose results must not vanish under it
+        with Store(folder):
+            shutil.rmtree(folder)
     screen = console()
     command = "vitkit " + shlex.join(sys.argv[1:]) if sys.argv else "vitkit study"
     result = run_study(settings, folder, on=on, command=command, live=Live(None if quiet else screen))

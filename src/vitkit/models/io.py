@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from vitkit.errors import BadInput
+from vitkit.errors import BadInput, VitkitError
 from vitkit.files import atomic_write, write_text
 from vitkit.models.build import create
 from vitkit.models.normalized import NormalizedModel
@@ -21,6 +21,7 @@ from vitkit.models.swap import swap
 
 FORMAT = 1
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+_LISTS = ("parts", "applied", "image_size", "mean", "std", "classes")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +69,11 @@ def save_model(model: nn.Module, config: ModelConfig, folder: str | Path) -> Non
     # safetensors refuses shared storage; tied tensors are written once each
     state = {name: tensor.detach().clone().contiguous().cpu() for name, tensor in model.state_dict().items()}
     with atomic_write(target / WEIGHTS) as temporary:
-        save_file(state, str(temporary), metadata={"format": "pt"})
+        try:
+            save_file(state, str(temporary), metadata={"format": "pt"})
+        except SafetensorError as error:
+            # safetensors wraps what the system says (a full disk); atomic_write turns it into a sentence
+            raise OSError(str(error)) from error
     write_text(target / CONFIG, json.dumps(asdict(config), indent=1, ensure_ascii=False) + "\n")
 
 
@@ -82,13 +87,35 @@ def read_config(folder: str | Path) -> ModelConfig:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise BadInput(f"{folder} is not a model folder: it has no {CONFIG}.") from error
-    except json.JSONDecodeError as error:
-        raise BadInput(f"{path} is not valid JSON: {error}.") from error
-    if raw.get("format", 0) > FORMAT:
-        raise BadInput(f"{path} has format {raw['format']}, newer than this vitkit ({FORMAT}); upgrade vitkit.")
+    except NotADirectoryError as error:
+        raise BadInput(f"{folder} is a file; give the model's folder, which holds {CONFIG} and {WEIGHTS}.") from error
+    except OSError as error:
+        raise BadInput(f"{path} cannot be read: {error.strerror or error}.") from error
+    except ValueError as error:
+        raise BadInput(f"{path} is not valid JSON: {error}. Copy the model's folder again.") from error
+    if not isinstance(raw, dict):
+        raise BadInput(f"{path} must be a JSON object with the keys of a model, such as base and base_options.")
+    version = raw.get("format", 0)
+    if not isinstance(version, int):
+        raise BadInput(f"{path}: format = {version!r} must be a whole number; this vitkit writes {FORMAT}.")
+    if version > FORMAT:
+        raise BadInput(f"{path} has format {version}, newer than this vitkit ({FORMAT}); upgrade vitkit.")
     unknown_keys = sorted(set(raw) - set(ModelConfig.__dataclass_fields__))
     if unknown_keys:
-        raise BadInput(f"{path} has unknown keys: {', '.join(unknown_keys)}.")
+        raise BadInput(
+            f"{path} has unknown keys: {', '.join(unknown_keys)}. Remove them; known are "
+            f"{', '.join(ModelConfig.__dataclass_fields__)}."
+        )
+    if not isinstance(raw.get("base"), str):
+        raise BadInput(f"{path}: base = {raw.get('base')!r} must be the name of a network, such as 'vit_pico'.")
+    for key, kind in (("base_options", dict), *((k, list) for k in _LISTS)):
+        if not isinstance(raw.get(key, kind()), kind):
+            raise BadInput(f"{path}: {key} = {raw[key]!r} must be a {'mapping' if kind is dict else 'list'}.")
+    for key, needed in (("parts", ("slot", "part")), ("applied", ("name",))):
+        for i, step in enumerate(raw.get(key, [])):
+            missing = [n for n in needed if not isinstance(step, dict) or n not in step]
+            if missing:
+                raise BadInput(f"{path}: {key}[{i}] = {step!r} lacks {' and '.join(missing)}.")
     for key in ("image_size", "mean", "std", "classes"):
         if key in raw:
             raw[key] = tuple(raw[key])
@@ -101,18 +128,36 @@ def load_model(folder: str | Path) -> tuple[NormalizedModel, ModelConfig]:
     Raises: BadInput naming the file and key when something is missing or of another shape.
     """
     config = read_config(folder)
-    model: nn.Module = construct(config)
-    for step in config.applied:
-        model = _restore(model, step)
-    path = Path(folder) / WEIGHTS
     try:
-        state = load_file(str(path))
-    except FileNotFoundError as error:
-        raise BadInput(f"{folder} has no {WEIGHTS}.") from error
-    except SafetensorError as error:
-        raise BadInput(f"{path} is not a safetensors file ({error}).") from error
+        model: nn.Module = construct(config)
+        for step in config.applied:
+            model = _restore(model, step)
+    except VitkitError as error:
+        raise BadInput(f"The model of {Path(folder) / CONFIG} cannot be built: {error}") from error
+    path = Path(folder) / WEIGHTS
+    state = _read_weights(path)
     load_state(model, state, str(path))
     return model.eval(), config  # type: ignore[return-value]
+
+
+def _read_weights(path: Path) -> dict[str, torch.Tensor]:
+    if not path.is_file():
+        pickles = sorted(p.name for p in path.parent.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt"))
+        instead = f"; {pickles[0]} beside it is a pickle, which can run code and is not read" if pickles else ""
+        raise BadInput(f"{path.parent} has no {WEIGHTS}{instead}. Copy the whole folder that the study exported.")
+    try:
+        with path.open("rb") as stream:
+            head = stream.read(2)
+        if head == b"PK" or head[:1] == b"\x80":
+            # a zip (torch.save today) or a bare pickle, whatever it is called
+            raise BadInput(
+                f"{path} is a pickle, which can run code when it is loaded, so it is refused. Ask for a .safetensors file."
+            )
+        return load_file(str(path))
+    except OSError as error:
+        raise BadInput(f"{path} cannot be read: {error.strerror or error}.") from error
+    except SafetensorError as error:
+        raise BadInput(f"{path} is damaged or no safetensors file ({error}); copy it again.") from error
 
 
 def load_state(model: nn.Module, state: dict[str, torch.Tensor], where: str) -> None:

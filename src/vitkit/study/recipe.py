@@ -7,12 +7,15 @@ for ``gptaq:w_bits=4:a_bits=8``.
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import re
 from typing import Any
 
 import yaml
 
-from vitkit.catalogue import methods
+from vitkit.catalogue import methods, resolve
+from vitkit.catalogue.options import options as options_of
 from vitkit.errors import BadInput, unknown
 from vitkit.study.settings import PartUse, Recipe, StudySettings, Use
 
@@ -27,11 +30,13 @@ def resolve_recipes(settings: StudySettings) -> list[Recipe]:
     Raises: UnknownName for a name that is no recipe, method or timm model; BadInput for a bad option or a cycle.
     """
     written = {r.name: r for r in settings.recipes if isinstance(r, Recipe)}
+    _check_measures(settings)
     out: list[Recipe] = []
     for item in settings.recipes:
         recipe = expand(item, written) if isinstance(item, Recipe) else parse(item, written)
         if any(r.name == recipe.name for r in out):
             raise BadInput(f"The recipe {recipe.name!r} is named twice; give one of them another name.")
+        check_options(recipe)
         out.append(recipe)
     if not out:
         raise BadInput("A study needs at least one recipe, for example --recipes vit,sinkhorn.")
@@ -89,9 +94,11 @@ def _join(recipe: Recipe, token: str, written: dict[str, Recipe]) -> Recipe:
     name, *pairs = token.split(":")
     options = _options(pairs, token)
     if slot is None and name in written:
+        if options:
+            raise BadInput(f"{token!r}: {name!r} is a recipe of the study file; write its options there.")
         return _merge(recipe, expand(written[name], written))
     if slot is None and name == BASELINE:
-        return recipe
+        return recipe.model_copy(update={"model_options": {**recipe.model_options, **options}})
     table = methods()
     if name not in table and (match := re.fullmatch(r"(.+)-w(\d+)(?:a(\d+))?", name)):
         name = match.group(1)
@@ -121,7 +128,13 @@ def _options(pairs: list[str], token: str) -> dict[str, Any]:
         key, sep, value = pair.partition("=")
         if not sep or not key:
             raise BadInput(f"{token!r}: {pair!r} is not an option; write name:key=value.")
-        out[key] = yaml.safe_load(value)
+        try:
+            out[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise BadInput(
+                f"{token!r}: the value {value!r} of {key!r} cannot be read; a list is written [1,2], text in quotes if it "
+                "has brackets."
+            ) from error
     return out
 
 
@@ -181,3 +194,70 @@ def _check(recipe: Recipe) -> Recipe:
             if table[use.name].kind != kind:
                 raise BadInput(f"Recipe {recipe.name!r}: {use.name!r} is a {table[use.name].kind}, not a {kind}.")
     return recipe
+
+
+def check_options(recipe: Recipe) -> None:
+    """Every option of a recipe must be one that its method or network takes, said before anything is trained.
+
+    Raises: BadInput naming recipe, method, option and what is allowed.
+    """
+    uses: list[Use] = [*recipe.parts, *recipe.objectives, *recipe.transforms, *recipe.probes]
+    if recipe.optimizer is not None:
+        uses.append(recipe.optimizer)
+    for use in uses:
+        if not use.options:
+            continue
+        found = resolve(use.name)
+        if _takes_anything(found):
+            continue
+        allowed = [o.name for o in options_of(found)]
+        wrong = [str(k) for k in use.options if k not in allowed]
+        if wrong:
+            near = difflib.get_close_matches(wrong[0], allowed, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise BadInput(
+                f"Recipe {recipe.name!r}: {use.name!r} has no option {wrong[0]!r}.{hint} "
+                f"It takes {', '.join(allowed) or 'none'}; see `vitkit show {use.name}`."
+            )
+    if recipe.model_options:
+        _check_network(recipe)
+
+
+def _takes_anything(found: Any) -> bool:
+    """True if the innermost signature passes unknown names on, so that only the call itself can tell."""
+    source = found.__init__ if inspect.isclass(found) else found
+    return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(source).parameters.values())
+
+
+def _check_network(recipe: Recipe) -> None:
+    import timm
+    import torch
+    from timm.models.vision_transformer import VisionTransformer
+
+    import vitkit.models.presets  # noqa: F401 - registers the presets with timm
+
+    base = "vit_pico" if recipe.base == "auto" else recipe.base
+    try:
+        # on the meta device a network has shapes but no weights, so even a large one costs nothing
+        with torch.device("meta"):
+            timm.create_model(base, **recipe.model_options)
+    except TypeError as error:
+        name = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        if name is None:
+            raise BadInput(
+                f"Recipe {recipe.name!r}: {base} cannot be made with {recipe.model_options}: {error}."
+            ) from error
+        near = difflib.get_close_matches(name[1], inspect.signature(VisionTransformer.__init__).parameters, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise BadInput(f"Recipe {recipe.name!r}: the network {base} has no option {name[1]!r}.{hint}") from error
+
+
+def _check_measures(settings: StudySettings) -> None:
+    """Attacks and explainers must be known ones; a mistyped name would cost its figures only after hours."""
+    table = methods()
+    rooms = {"attacks": ".stress.attacks.", "explainers": ".explain."}
+    for key, room in rooms.items():
+        known = [name for name, m in table.items() if m.kind == "probe" and room in m.dotted]
+        for name in getattr(settings.measures, key):
+            if name not in known:
+                raise unknown(f"method (in measures.{key})", name, known, "vitkit methods --kind probe")

@@ -20,8 +20,8 @@ from vitkit.study.recipe import resolve_recipes
 from vitkit.study.results import StudyResult, write_csv, write_json
 from vitkit.study.settings import Recipe, StudySettings
 from vitkit.study.stages import open_data, read_facts, run_stage
-from vitkit.study.store import Store
-from vitkit.study.submit import executor
+from vitkit.study.store import Store, disk_errors
+from vitkit.study.submit import check_place, executor
 
 # the rest of a budget goes to attacks, explanations, timing and the report
 TRAIN_SHARE = 0.6
@@ -48,9 +48,10 @@ def run_study(
     Raises:
         VitkitError: bad settings or data, the folder is in use, or no recipe finished.
     """
+    check_place(on)
     recipes = resolve_recipes(settings)
     view = live or Live(None)
-    with Store(out) as store, view:
+    with disk_errors(out), Store(out) as store, view:
         study = {"data": settings.data.model_dump(mode="json"), "protocol": settings.protocol.model_dump(mode="json")}
         facts = _prepare_data(settings, store, study, view)
         notes: list[str] = []

@@ -176,6 +176,8 @@ def read_study(path: str | Path) -> StudySettings:
         raw = yaml.safe_load(text)
     except FileNotFoundError as error:
         raise BadInput(f"There is no study file {path}.") from error
+    except OSError as error:
+        raise BadInput(f"The study file {path} cannot be read: {error.strerror or error}.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""
@@ -203,7 +205,7 @@ def _explain(item: Any, where: str, text: str | None) -> str:
         near = difflib.get_close_matches(str(keys[-1]), known, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         return f"{where}{line}: unknown key {key!r}.{hint} Allowed here: {', '.join(known)}."
-    return f"{where}{line}: {key} = {item.get('input')!r}: {item['msg'].removeprefix('Value error, ')}."
+    return f"{where}{line}: {key} = {item.get('input')!r}: {item['msg'].removeprefix('Value error, ').rstrip('.')}."
 
 
 def _fields_at(path: list[Any]) -> list[str]:

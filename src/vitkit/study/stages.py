@@ -16,7 +16,7 @@ from vitkit.errors import BadInput, VitkitError
 from vitkit.files import write_text
 from vitkit.study.plan import DataFacts, Stage
 from vitkit.study.settings import DataSettings, Protocol
-from vitkit.study.store import StageFolder
+from vitkit.study.store import StageFolder, disk_errors
 
 Report = Callable[[str, int, int], None]
 
@@ -34,7 +34,7 @@ def run_stage(root: str, stage: Stage, study: dict[str, Any], report: Report | N
     # the seed of the stage decides initial weights and everything drawn from torch's global generator
     _seed(int(stage.settings.get("seed", 0)), int(stage.settings.get("fold", 0)))
     context = Context(Path(root), study, stage, report or _silent)
-    with StageFolder(root, stage.key) as folder:
+    with disk_errors(root), StageFolder(root, stage.key) as folder:
         _KINDS[stage.kind](context, folder.temporary)
         seconds = time.perf_counter() - started
         folder.publish(

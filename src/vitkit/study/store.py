@@ -6,6 +6,7 @@ whatever was killed when. The index can always be rebuilt from the folders.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -13,6 +14,8 @@ import shutil
 import sqlite3
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +143,24 @@ class Store:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+@contextmanager
+def disk_errors(root: str | Path) -> Iterator[None]:
+    """What the system says of a full or read-only disk below ``root``, as a sentence with the way out.
+
+    Raises: VitkitError instead of OSError and sqlite3.OperationalError of that kind; others pass.
+    """
+    try:
+        yield
+    except (OSError, sqlite3.OperationalError) as error:
+        number = getattr(error, "errno", None)
+        if number not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS) and "full" not in str(error):
+            raise
+        raise VitkitError(
+            f"Cannot write in {root}: {getattr(error, 'strerror', None) or error}. What was finished is kept; free some "
+            "space (or choose another --out), then run the same command again: it goes on from there."
+        ) from error
 
 
 class StageFolder:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, Protocol
 
-from vitkit.errors import MissingExtra, unknown
+from vitkit.errors import BadInput, MissingExtra
 
 PLACES = ("here", "ray")
 
@@ -79,8 +79,11 @@ class Ray:
 
 def executor(place: str) -> Executor:
     """The executor called ``place``: "here" or "ray"."""
-    if place == "here":
-        return Here()
-    if place == "ray":
-        return Ray()
-    raise unknown("place to run stages", place, PLACES, "vitkit study --help")
+    check_place(place)
+    return Here() if place == "here" else Ray()
+
+
+def check_place(place: str) -> None:
+    """Raises: BadInput if ``place`` is not one of :data:`PLACES`."""
+    if place not in PLACES:
+        raise BadInput(f"Stages cannot run on {place!r}; --on takes {' or '.join(PLACES)}.")
