@@ -151,7 +151,7 @@ def test_files_that_are_no_images_are_skipped_counted_and_named_in_the_report(tm
     done = run_quick(tmp_path, data)
     assert done.exit_code == 0, done.output
     result = read_json(tmp_path / "out" / "results.json")
-    skipped = {Path(s.key).name: s.reason for s in result.data.skipped}
+    skipped = {Path(s.path).name: s.reason for s in result.data.skipped}
     assert set(skipped) == set(reasons)
     for name, word in reasons.items():
         assert word in skipped[name]
@@ -254,7 +254,7 @@ def test_a_table_that_names_absent_files_skips_and_counts_them(tmp_path):
     done = run_quick(tmp_path, data)
     assert done.exit_code == 0, done.output
     (skip,) = read_json(tmp_path / "out" / "results.json").data.skipped
-    assert "gone.png" in skip.key and "line 42 of labels.csv" in skip.reason
+    assert "gone.png" in skip.path and "line 42 of labels.csv" in skip.reason
     assert "gone.png" in (tmp_path / "out" / "report.html").read_text()
 
 

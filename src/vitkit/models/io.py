@@ -151,7 +151,8 @@ def _read_weights(path: Path) -> dict[str, torch.Tensor]:
         if head == b"PK" or head[:1] == b"\x80":
             # a zip (torch.save today) or a bare pickle, whatever it is called
             raise BadInput(
-                f"{path} is a pickle, which can run code when it is loaded, so it is refused. Ask for a .safetensors file."
+                f"{path} is a pickle, which can run code when it is loaded, so it is refused. Ask for a .safetensors "
+                "file."
             )
         return load_file(str(path))
     except OSError as error:

@@ -132,8 +132,8 @@ def _options(pairs: list[str], token: str) -> dict[str, Any]:
             out[key] = yaml.safe_load(value)
         except yaml.YAMLError as error:
             raise BadInput(
-                f"{token!r}: the value {value!r} of {key!r} cannot be read; a list is written [1,2], text in quotes if it "
-                "has brackets."
+                f"{token!r}: the value {value!r} of {key!r} cannot be read; a list is written [1,2], and text "
+                "with brackets in quotes."
             ) from error
     return out
 
@@ -249,7 +249,10 @@ def _check_network(recipe: Recipe) -> None:
             ) from error
         near = difflib.get_close_matches(name[1], inspect.signature(VisionTransformer.__init__).parameters, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise BadInput(f"Recipe {recipe.name!r}: the network {base} has no option {name[1]!r}.{hint}") from error
+        raise BadInput(
+            f"Recipe {recipe.name!r}: the network {base} has no option {name[1]!r}.{hint} "
+            "Options of a network are those of its constructor in timm."
+        ) from error
 
 
 def _check_measures(settings: StudySettings) -> None:

@@ -158,8 +158,8 @@ def disk_errors(root: str | Path) -> Iterator[None]:
         if number not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS) and "full" not in str(error):
             raise
         raise VitkitError(
-            f"Cannot write in {root}: {getattr(error, 'strerror', None) or error}. What was finished is kept; free some "
-            "space (or choose another --out), then run the same command again: it goes on from there."
+            f"Cannot write in {root}: {getattr(error, 'strerror', None) or error}. What was finished is kept; free "
+            "some space (or choose another --out), then run the same command again: it goes on from there."
         ) from error
 
 

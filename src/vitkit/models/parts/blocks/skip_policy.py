@@ -14,7 +14,7 @@ class SkipPolicy(Block):
 
     Without r_a a ViT hardly trains; without r_m it loses little. The weights are the old block's own tensors.
 
-    Args of :meth:`from_standard`:
+    Args:
         attn: keep the skip connection around attention (r_a).
         mlp: keep the one around the MLP (r_m).
 

@@ -26,7 +26,7 @@ class KAN(nn.Module):
     ``KAN(D→H)`` then ``KAN(H→D)``, no activation between them: the edges are the nonlinearity. In the slot ``head``
     it is one layer D→K. See :class:`SplineLinear` and :class:`WaveletLinear` for the equations.
 
-    Args of :meth:`from_standard`:
+    Args:
         kind: "spline" (Eff-KAN) or "wavelet" (Wav-KAN).
         psi: mother wavelet: "dog" (default, the paper's best), "mexican_hat", "morlet", "shannon" or "meyer".
         match: "params": the hidden width that gives the old module's number of parameters; "width": its width.

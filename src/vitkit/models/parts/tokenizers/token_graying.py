@@ -31,7 +31,7 @@ class TokenGraying(PatchEmbed):
     ε = 1 is the identity in both. There are no parameters of its own; the weights keep their names below
     ``patch_embed.proj``.
 
-    Args of :meth:`from_standard`:
+    Args:
         mode: "dct" or "svd".
         eps: ε in (0, 1]; smaller is greyer. Default 0.95 (the paper's, for "dct"; it uses 0.6–0.7 for "svd").
         place: "patches" (before the projection, the paper's place) or "embed" (after it).
