@@ -68,9 +68,9 @@ def run(seeds: tuple[int, ...] = (0, 1, 2), progress: Callable[[str, int, int], 
         notes=(
             "`shown` speaks of the wavelet encoder against the MLP on Fashion-MNIST. On the sum of Gabor functions the "
             f"wavelet layer {'beats' if gain > 0 else 'does not reliably beat'} the spline layer at equal parameters. "
-            "The hybrids also replace the head, which starts at zero in the host and at random in a KAN: part of their lead "
-            "after so few epochs is that head start. One replaced block of four and few images limit what can be seen; "
-            "the paper trains on ImageNet-1K."
+            "The hybrids also replace the head, which starts at zero in the host and at random in a KAN: part of their "
+            "lead after so few epochs is that head start. One replaced block of four and few images limit what can "
+            "be seen; the paper trains on ImageNet-1K."
         ),
         settings={
             "data": "Fashion-MNIST, patch 7",

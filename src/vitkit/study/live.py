@@ -52,6 +52,11 @@ class Live:
             self._console.print(message, style="dim", highlight=False)
         self._draw(force=True)
 
+    def report(self, what: str, done: int, total: int) -> None:
+        """Progress of something that is no stage, such as verifying the files."""
+        self._message = f"{what}: {done} of {total}"
+        self._draw()
+
     def plan(self, plan: Plan, done: int) -> None:
         self._plan, self._known = plan, done
         self.say(f"{len(plan.recipes)} recipes, {len(plan.stages)} stages, {done} of them already done")

@@ -100,7 +100,7 @@ def summarise_and_write(
 
 def _prepare_data(settings: StudySettings, store: Store, study: dict[str, Any], view: Live) -> DataFacts:
     view.say(f"reading {settings.data.path}")
-    source = open_data(settings.data)
+    source = open_data(settings.data, store.root, view.report)
     protocol = settings.protocol
     stage = Stage(
         "data",

@@ -86,7 +86,7 @@ class Context:
         return read_facts(self.folder(self.settings["data"]))
 
     def source(self) -> Any:
-        return open_data(self.data)
+        return open_data(self.data, self.root)
 
     def indices(self, split: str) -> np.ndarray:
         with np.load(self.folder(self.settings["data"]) / "folds.npz") as folds:
@@ -136,13 +136,15 @@ def read_facts(folder: Path) -> DataFacts:
 _SOURCES: dict[str, Any] = {}
 
 
-def open_data(data: DataSettings) -> Any:
-    """The source of a study; opened once per process, since listing and verifying a large folder takes time."""
+def open_data(data: DataSettings, root: Path, progress: Report | None = None) -> Any:
+    """The source of a study; opened once per process, and what was learnt about its files is kept in the study's
+    folder, since listing and verifying a large folder takes time."""
     from vitkit.data import open_source
 
     name = data.model_dump_json()
     if name not in _SOURCES:
-        _SOURCES[name] = open_source(data.path, task=None if data.task == "auto" else data.task)
+        task = None if data.task == "auto" else data.task
+        _SOURCES[name] = open_source(data.path, task=task, memory=root / "data-memory.npz", progress=progress)
     return _SOURCES[name]
 
 
