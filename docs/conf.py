@@ -14,3 +14,10 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 nitpicky = False
 suppress_warnings = ["myst.header"]
+doctest_global_setup = """
+import torch
+import vitkit
+from vitkit.anatomy import Intervene, Trace, zero
+from vitkit.models.build import build
+from vitkit.models.vit import ViT
+"""
