@@ -17,8 +17,8 @@ from vitkit.explain.localization import boxes_to_masks, energy_pointing_game
 from vitkit.explain.rollout import rollout
 from vitkit.testing.worlds import accuracy, clutter_canvas, fit_tiny, tiny_vit
 
-NUM_TRAIN, NUM_TEST = 5_000, 300
-EPOCHS, STEPS = 9, 10
+NUM_TRAIN, NUM_TEST = 4_000, 300
+EPOCHS, STEPS = 9, 8
 # twice the usual peak, so that so short a run learns the task
 LEARNING_RATE = 2e-3
 SIZE = 32
