@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import re
-import time
 from html.parser import HTMLParser
 
 import numpy as np
@@ -327,11 +326,8 @@ def test_user_text_is_never_markup(result):
     assert not any(u == "x" for u in reader.fetched)
 
 
-def test_is_small_and_quick(result, tmp_path):
-    render(result)  # the first chart imports matplotlib
-    start = time.perf_counter()
+def test_is_small(result, tmp_path):
     write_report(result, tmp_path / "report.html")
-    assert time.perf_counter() - start < 15  # 2 s on an idle core; the bound leaves room for a busy machine
     assert (tmp_path / "report.html").stat().st_size < 1_500_000
 
 

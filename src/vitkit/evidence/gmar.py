@@ -17,10 +17,9 @@ from vitkit.explain.localization import boxes_to_masks, energy_pointing_game
 from vitkit.explain.rollout import rollout
 from vitkit.testing.worlds import accuracy, clutter_canvas, fit_tiny, tiny_vit
 
-NUM_TRAIN, NUM_TEST = 4_000, 300
-EPOCHS, STEPS = 9, 8
-# twice the usual peak, so that so short a run learns the task
-LEARNING_RATE = 2e-3
+NUM_TRAIN, NUM_TEST = 6_000, 300
+EPOCHS, STEPS = 12, 8
+LEARNING_RATE = 1e-3
 SIZE = 32
 MAIN = "insertion_minus_deletion"
 GMAR = ("GMAR-L1", "GMAR-L2")
