@@ -77,7 +77,8 @@ def run(seeds: tuple[int, ...] = (0, 1, 2), progress: Callable[[str, int, int], 
             + f". LOOPE above the learned table: {_interval(over_learned)}; above its own order without the "
             f"shift: {_interval(over_static)}, which the verdict does not ask for. Intervals are 95 % over "
             f"{len(seeds)} seeds, which is few. PESI M_U and M_D are best at 2, A_SU at 0; for LOOPE they are "
-            "those of its static order, for the learned table those after training. Rows of the table are accuracies; area and distance "
+            "those of its static order, for the learned table those after training. Rows of the table "
+            "are accuracies; area and distance "
             "have base rate 2/3."
         ),
         settings={
