@@ -147,8 +147,9 @@ def _read_weights(path: Path) -> dict[str, torch.Tensor]:
         raise BadInput(f"{path.parent} has no {WEIGHTS}{instead}. Copy the whole folder that the study exported.")
     try:
         with path.open("rb") as stream:
-            head = stream.read(2)
-        if head == b"PK" or head[:1] == b"\x80":
+            head = stream.read(9)
+        # eight bytes of length and a brace begin a safetensors file, and the length may itself look like a pickle
+        if head[8:] != b"{" and (head[:2] == b"PK" or head[:1] == b"\x80"):
             # a zip (torch.save today) or a bare pickle, whatever it is called
             raise BadInput(
                 f"{path} is a pickle, which can run code when it is loaded, so it is refused. Ask for a .safetensors "

@@ -167,9 +167,10 @@ def load_weights(
 
 def _is_pickle(file: Path) -> bool:
     with file.open("rb") as stream:
-        head = stream.read(2)
-    # a zip (torch.save today) or a bare pickle (before 1.6), whatever the file is called
-    return file.suffix in _PICKLES or head == b"PK" or head[:1] == b"\x80"
+        head = stream.read(9)
+    # a zip (torch.save today) or a bare pickle (before 1.6), whatever the file is called; eight bytes of length and a
+    # brace begin a safetensors file, and that length may itself begin like a pickle
+    return file.suffix in _PICKLES or (head[8:] != b"{" and (head[:2] == b"PK" or head[:1] == b"\x80"))
 
 
 def _read_safetensors(file: Path) -> dict[str, Tensor]:
