@@ -109,6 +109,22 @@ def test_the_second_run_does_nothing_again(finished, monkeypatch):
     assert [r.measures for r in again.recipes] == [r.measures for r in result.recipes]
 
 
+def test_the_same_command_leaves_the_files_and_anything_missing_is_written_again(finished):
+    result, out, made = finished
+    report, model = out / "report.html", out / result.recipes[0].model_dir / "model.safetensors"
+    run_study(made, out, command="again")
+    written = report.stat().st_mtime_ns
+    again = run_study(made, out, command="again")
+    assert report.stat().st_mtime_ns == written
+    assert again == read_json(out / "results.json")
+    model.unlink()
+    run_study(made, out, command="again")
+    assert model.stat().st_size > 0
+    assert report.stat().st_mtime_ns > written
+    run_study(made, out, command="another")
+    assert "another" in report.read_text(encoding="utf-8")
+
+
 def test_exported_models_answer_like_the_study(finished, tmp_path):
     from vitkit.cli.predict import predict_files
 

@@ -16,7 +16,7 @@ from vitkit.tasks import Classify
 from vitkit.testing.worlds import World, cifar10, predict_logits, tiny_vit
 from vitkit.train import Supervised, TrainSettings, fit
 
-RHO, EPOCHS, TRAIN_IMAGES, TEST_IMAGES, BATCH = 0.05, 12, 1_500, 1_000, 64
+RHO, EPOCHS, TRAIN_IMAGES, TEST_IMAGES, BATCH = 0.05, 15, 5_000, 1_000, 64
 # 16 tokens instead of the paper's 64: enough steps to fit the training images matter more here than resolution
 PATCH = 8
 
@@ -81,7 +81,7 @@ def run(seeds: tuple[int, ...] = (0, 1, 2), progress: Callable[[str, int, int], 
             "standard deviation over seeds. The claim counts as shown if ZSharp is ahead of SAM at both lengths, as "
             "not shown if it is behind at one. SAM and ZSharp compute two gradients a step: AdamW with the same "
             "epochs has half their gradients, with doubled epochs as many. The eigenvalue is that of the mean loss "
-            "on 64 training images in float32 (power iteration, 12 steps), and falls with the training loss too."
+            "on 64 training images in float32 (Lanczos, 15 steps), and falls with the training loss too."
         ),
         settings={
             "data": f"CIFAR-10, {TRAIN_IMAGES} training and {TEST_IMAGES} test images, no augmentation",
@@ -95,39 +95,48 @@ def run(seeds: tuple[int, ...] = (0, 1, 2), progress: Callable[[str, int, int], 
     )
 
 
-def top_eigenvalue(model: nn.Module, images: Tensor, labels: Tensor, steps: int = 12, seed: int = 0) -> float:
-    """Largest Hessian eigenvalue (by magnitude) of the mean cross-entropy, by power iteration ``v ← Hv/‖Hv‖``.
+def top_eigenvalue(model: nn.Module, images: Tensor, labels: Tensor, steps: int = 15, seed: int = 0) -> float:
+    """Largest (most positive) eigenvalue of the Hessian of the mean cross-entropy, by Lanczos' method.
+
+    Power iteration finds the largest magnitude, which after a short training is often a negative curvature; the
+    tridiagonal matrix that Lanczos makes of the same Hessian-vector products has both ends of the spectrum.
 
     Args:
         model: left as found; attention runs on its explicit path, the only one with second derivatives.
         images: (B, C, H, W).
         labels: (B,).
         steps: Hessian-vector products.
-        seed: of the first v.
+        seed: of the first vector.
     """
     flags = [(m, m.fused_attn) for m in model.modules() if isinstance(getattr(m, "fused_attn", None), bool)]
     params = [p for p in model.parameters() if p.requires_grad]
-    generator = torch.Generator().manual_seed(seed)
-    v = _unit([torch.randn(p.shape, generator=generator) for p in params])
-    value = 0.0
+    sizes, shapes = [p.numel() for p in params], [p.shape for p in params]
+    start = torch.randn(sum(sizes), generator=torch.Generator().manual_seed(seed)).to(params[0])
+    basis, diagonal, beside = [start / start.norm()], [], []
     for module, _ in flags:
         module.fused_attn = False  # type: ignore[assignment]
     try:
         with torch.enable_grad():
             grads = torch.autograd.grad(F.cross_entropy(model(images), labels), params, create_graph=True)
-            for _ in range(steps):
+            for _ in range(min(steps, sum(sizes))):
+                v = [part.view(shape) for part, shape in zip(basis[-1].split(sizes), shapes)]
                 product = torch.autograd.grad(grads, params, grad_outputs=v, retain_graph=True)
-                value = float(sum((a * b).sum() for a, b in zip(product, v)))
-                v = _unit(list(product))
+                w = torch.cat([t.flatten() for t in product])
+                diagonal.append(float(w @ basis[-1]))
+                # against all earlier vectors, twice: rounding would let the first ones back in
+                stack = torch.stack(basis)
+                for _ in range(2):
+                    w = w - stack.T @ (stack @ w)
+                beside.append(float(w.norm()))
+                if beside[-1] < 1e-6 * max(map(abs, diagonal)):
+                    break
+                basis.append(w / beside[-1])
     finally:
         for module, flag in flags:
             module.fused_attn = flag  # type: ignore[assignment]
-    return value
-
-
-def _unit(vector: list[Tensor]) -> list[Tensor]:
-    norm = torch.stack([t.norm() for t in vector]).norm().clamp(min=1e-12)
-    return [t / norm for t in vector]
+    off = torch.tensor(beside[: len(diagonal) - 1], dtype=torch.float64)
+    small = torch.tensor(diagonal, dtype=torch.float64).diag() + off.diag(1) + off.diag(-1)
+    return float(torch.linalg.eigvalsh(small)[-1])
 
 
 def _model(world: World, seed: int) -> nn.Module:

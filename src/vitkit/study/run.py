@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import time
@@ -17,7 +18,7 @@ from vitkit.files import write_text
 from vitkit.study.live import Live
 from vitkit.study.plan import DataFacts, Plan, Stage, make_plan
 from vitkit.study.recipe import resolve_recipes
-from vitkit.study.results import StudyResult, write_csv, write_json
+from vitkit.study.results import StudyResult, read_json, write_csv, write_json
 from vitkit.study.settings import Recipe, StudySettings
 from vitkit.study.stages import open_data, read_facts, run_stage
 from vitkit.study.store import Store, disk_errors
@@ -68,6 +69,7 @@ def run_study(
 
 
 _MAKING = ("pretrain", "train", "transform")
+_MADE_FROM = "made_from.txt"
 
 
 def summarise_and_write(
@@ -79,12 +81,19 @@ def summarise_and_write(
     command: str,
     notes: list[str],
 ) -> StudyResult:
-    """Write results.json, results.csv, study.yaml, models/ and report.html; each appears whole or not at all."""
+    """Write results.json, results.csv, study.yaml, models/ and report.html; each appears whole or not at all.
+
+    Where nothing changed since they were written, they are left and read back.
+    """
+    root = store.root
+    made_from = _made_from(settings, store, plan, failures, command, notes)
+    if (known := _already_written(root, made_from)) is not None:
+        return known
     from vitkit.study.report import write_report
     from vitkit.study.summary import summarise
 
+    (root / _MADE_FROM).unlink(missing_ok=True)
     result = summarise(settings, store, plan, facts, failures, command, notes)
-    root = store.root
     _export_models(result, plan, store)
     write_json(result, root / "results.json")
     write_csv(result, root / "results.csv")
@@ -95,7 +104,40 @@ def summarise_and_write(
     write_text(root / "study.yaml", yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
     store.save_results([(r.name, m, i.value, i.low, i.high) for r in result.recipes for m, i in r.measures.items()])
     write_report(result, root / "report.html")
+    write_text(root / _MADE_FROM, made_from)
     return result
+
+
+def _made_from(
+    settings: StudySettings, store: Store, plan: Plan, failures: dict[str, str], command: str, notes: list[str]
+) -> str:
+    """Digest of everything the written files depend on: stages, settings, versions, and the code that writes them."""
+    from vitkit.study.summary import machine, versions
+
+    package = Path(__file__).parent
+    code = sorted(f for f in [*package.rglob("*"), package.parent / "catalogue" / "papers.toml"] if f.is_file())
+    parts = [
+        settings.model_dump_json(by_alias=True),
+        json.dumps([[s.key, store.has(s.key)] for s in plan.stages.values()]),
+        json.dumps([plan.epochs, plan.costs, failures, command, notes, versions(), machine()], default=str),
+        *(hashlib.sha256(f.read_bytes()).hexdigest() for f in code if f.suffix != ".pyc"),
+    ]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _already_written(root: Path, made_from: str) -> StudyResult | None:
+    """The result of an earlier call with the same digest, if all its files are still there."""
+    note = root / _MADE_FROM
+    if not note.is_file() or note.read_text(encoding="utf-8") != made_from:
+        return None
+    if not all((root / name).is_file() for name in ("results.csv", "study.yaml", "report.html")):
+        return None
+    try:
+        result = read_json(root / "results.json")
+    except (OSError, VitkitError):
+        return None
+    models = [r.model_dir for r in result.recipes if r.status == "ok" and r.model_dir]
+    return result if all((root / m / "model.safetensors").is_file() for m in models) else None
 
 
 def _prepare_data(settings: StudySettings, store: Store, study: dict[str, Any], view: Live) -> DataFacts:

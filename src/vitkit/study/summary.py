@@ -88,8 +88,8 @@ def summarise(
             "image_size": list(facts.image_size),
             "notes": notes,
         },
-        versions=_versions(),
-        machine=_machine(),
+        versions=versions(),
+        machine=machine(),
         recipes=recipes,
         gallery=make_gallery(galleries, facts.classes) if galleries and settings.measures.gallery_images else None,
     )
@@ -318,7 +318,8 @@ def _add_costs(recipes: list[RecipeResult], raw: dict[str, Any], baseline: Recip
             )
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide the figures."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -328,7 +329,8 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _machine() -> dict[str, Any]:
+def machine() -> dict[str, Any]:
+    """Processor, cores and accelerator of this machine."""
     import torch
 
     name = platform.processor() or platform.machine()
