@@ -7,6 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
+#: labels up to this length stay on one line
+_WHOLE = 32
+
 
 def evidence(
     name: Annotated[str, typer.Argument(help="A method, an entry of the catalogue or an arXiv id.")],
@@ -21,10 +24,14 @@ def evidence(
 
     numbers = _seeds(seeds)
     screen = console()
-    with screen.status(f"{name}: starting") as status:
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TextColumn("left:"))
+    with Progress(*columns, TimeRemainingColumn(), console=screen, transient=True) as bar:
+        task = bar.add_task(f"{name}: starting", total=None)
 
         def progress(what: str, done: int, total: int) -> None:
-            status.update(f"{name}: {what} {done}/{total}")
+            bar.update(task, description=f"{name}: {what}", completed=done, total=total)
 
         record, path = run_evidence(name, seeds=numbers, out=out, progress=progress)
     print_record(screen, record)
@@ -43,6 +50,11 @@ def print_record(screen: Any, record: dict[str, Any]) -> None:
     columns = list(record["rows"][0])
     numeric = tuple(c for c in columns if all(isinstance(r[c], (int, float)) for r in record["rows"]))
     rows = table(*columns, right=numeric)
+    for name, column in zip(columns, rows.columns):
+        # a wide table breaks between the words of its cells; cut cells would lose figures
+        column.header = name.replace("_", " ")
+        labels = not any("±" in _cell(r[name]) for r in record["rows"]) and name not in numeric
+        column.no_wrap = labels and max(len(_cell(r[name])) for r in record["rows"]) <= _WHOLE
     for row in record["rows"]:
         rows.add_row(*(Text(_cell(row[c])) for c in columns))
     screen.print(rows)
