@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
-from timm.models import register_model
+from timm.models import generate_default_cfgs, register_model
 
+from vitkit.models.backbones.contract import cfg, create
 from vitkit.models.vit import ViT
 
 # width, depth, heads: sized so that a 2-core machine trains the smallest in seconds an epoch on 1,000 small images
@@ -15,6 +17,15 @@ SIZES = {
     "vit_nano": (128, 6, 4),
     "vit_micro": (160, 8, 5),
 }
+
+default_cfgs = generate_default_cfgs(
+    {
+        name: cfg(
+            input_size=(3, 32, 32), pool_size=None, mean=(0.5,) * 3, std=(0.5,) * 3, first_conv="patch_embed.proj"
+        )
+        for name in SIZES
+    }
+)
 
 
 def default_patch(image_size: int | tuple[int, int]) -> int:
@@ -63,9 +74,5 @@ def vit_micro(pretrained: bool = False, **kwargs: Any) -> ViT:
     return _create("vit_micro", pretrained, kwargs)
 
 
-def _create(size: str, pretrained: bool, kwargs: dict[str, Any]) -> ViT:
-    if pretrained:
-        raise ValueError(f"{size} has no pretrained weights; create it with pretrained=False.")
-    for key in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "features_only"):
-        kwargs.pop(key, None)
-    return small_vit(size, **kwargs)
+def _create(size: str, pretrained: bool, kwargs: dict[str, Any]) -> Any:
+    return create(partial(small_vit, size), size, pretrained, {}, kwargs, out_indices=(-1,))

@@ -474,9 +474,9 @@ def _causal_bias(q: Tensor) -> Tensor:
 def collect_aux(model: nn.Module) -> Iterator[dict[tuple[str, int], Tensor]]:
     """Collect the auxiliary losses that parts write during the forwards inside the ``with``.
 
-    Works on any model; one without a host collects nothing.
+    Works on any model; one without a host or a backbone of ours collects nothing.
     """
-    hosts = [m for m in model.modules() if isinstance(m, ViT)]
+    hosts = [m for m in model.modules() if hasattr(m, "aux_sink")]
     sink: dict[tuple[str, int], Tensor] = {}
     before = [h.aux_sink for h in hosts]
     for h in hosts:
