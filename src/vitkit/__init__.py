@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from vitkit.after_timm import watch
+
 __version__ = "0.1.0"
 
 __all__ = ["__version__", "build", "rehost", "swap"]
@@ -27,3 +29,6 @@ def __getattr__(name: str) -> Any:
 
         return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'vitkit' has no attribute {name!r}")
+
+
+watch()

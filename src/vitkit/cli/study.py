@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -69,7 +70,8 @@ def study(
         base = {"name": Path(data).stem or "study", "data": {"path": data}}
         recipes = recipes or DEFAULT_RECIPES
     if recipes is not None:
-        base["recipes"] = [r.strip() for r in recipes.split(",") if r.strip()]
+        # a comma inside brackets belongs to a list: kan:grid_range=[-2,2]
+        base["recipes"] = [r.strip() for r in re.split(r",(?![^\[]*\])", recipes) if r.strip()]
     for room, values in flags.items():
         base[room] = {**base.get(room, {}), **values}
     settings = make_settings(base, "the command line" if not data.endswith((".yaml", ".yml")) else data)

@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import timm
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from vitkit.errors import BadInput, VitkitError, unknown
-from vitkit.models import presets  # noqa: F401 - registers the presets with timm
+from vitkit.models.backbones import register
 from vitkit.models.rehost import rehost
 from vitkit.models.swap import _ALIASES, SLOTS, swap
-from vitkit.models.vit import ViT
 
 
 def build(name: str = "vit_pico", *, pretrained: bool = False, **options: Any) -> nn.Module:
@@ -23,12 +24,13 @@ def build(name: str = "vit_pico", *, pretrained: bool = False, **options: Any) -
 
     Args:
         name: a preset (``vit_femto``, ``vit_pico``, ``vit_nano``, ``vit_micro``) or any timm model name; plain ViTs
-            are re-hosted.
+            and rotary ones (EVA-02, DINOv3, …) are re-hosted.
         pretrained: load timm's pretrained weights (needs the network or a cache).
         options: slot names (``mixer="…"``, ``normalizer=("sinkhorn", {"steps": 3})``; several parts for one slot as a
             list), everything else goes to timm's constructor (``num_classes``, ``img_size``, ``in_chans``, …).
 
-    Returns: a :class:`~vitkit.models.vit.ViT` for plain ViTs, else timm's model; ``model.swaps`` lists the swaps.
+    Returns: a :class:`~vitkit.models.vit.ViT` for plain and rotary ViTs, else timm's model; ``model.swaps`` lists the
+        swaps.
 
     Raises:
         UnknownName: no such model, slot or part. BadInput: slots asked of a model that is not a plain ViT.
@@ -46,7 +48,8 @@ def build(name: str = "vit_pico", *, pretrained: bool = False, **options: Any) -
 
 
 def create(name: str, *, pretrained: bool = False, **options: Any) -> nn.Module:
-    """A timm model by name; a plain ViT comes back re-hosted (same tensors, checked)."""
+    """A timm model by name; a plain or rotary ViT comes back re-hosted (same tensors, checked)."""
+    register()
     if not timm.is_model(name.split(".")[0]):
         raise unknown("model", name, timm.list_models(), "timm.list_models()")
     try:
@@ -66,15 +69,13 @@ def create(name: str, *, pretrained: bool = False, **options: Any) -> nn.Module:
                 "file with checkpoint_path=…, or use pretrained=False."
             ) from error
         raise
-    return rehost(model) if _is_plain(model) else model
-
-
-def _is_plain(model: nn.Module) -> bool:
-    from timm.models.vision_transformer import Attention, Block, VisionTransformer
-
-    return isinstance(model, ViT) or (
-        type(model) is VisionTransformer and all(type(b) is Block and type(b.attn) is Attention for b in model.blocks)
-    )
+    if not isinstance(model, (VisionTransformer, Eva)):
+        return model
+    try:
+        return rehost(model)
+    except BadInput:
+        # a variant with a forward pass of its own (post-norm, parallel blocks, two heads) stays what it is
+        return model
 
 
 def _as_parts(value: Any) -> list[tuple[Any, dict[str, Any]]]:

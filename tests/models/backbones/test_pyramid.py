@@ -10,7 +10,7 @@ from timm.layers import LayerNorm2d
 from torch import nn
 
 from vitkit.models.backbones.contract import create
-from vitkit.models.backbones.pyramid import MapBlock, Pyramid, Stage, State, TokenBlock, from_tokens, to_tokens
+from vitkit.models.backbones.pyramid import Halve, MapBlock, Pyramid, Stage, State, TokenBlock, from_tokens, to_tokens
 from vitkit.models.vit import Attention, Block, Mlp, collect_aux
 
 
@@ -112,3 +112,21 @@ def test_tokens_and_map_are_inverse():
     assert x.shape == (2, 16, 6) and layout.num_prefix == 1 and layout.grid == (3, 5)
     back = from_tokens(x, layout, state)
     assert torch.equal(back.map, state.map) and torch.equal(back.prefix, state.prefix)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("side", [1, 2, 5])
+def test_halving_is_the_plain_convolution_with_finite_gradients(side, dtype):
+    torch.manual_seed(side)
+    ours = Halve(32, 64).to(dtype)
+    x = torch.randn(4, 32, side, side, dtype=dtype)
+    plain = nn.functional.conv2d(x.float(), ours.weight.float(), ours.bias.float(), stride=2, padding=1)
+    for _ in range(20):
+        ours.zero_grad()
+        out = ours(x)
+        assert out.shape[-1] == (side + 1) // 2
+        assert torch.allclose(out.float(), plain, atol=0.05)
+        out.sum().backward()
+        assert bool(ours.weight.grad.isfinite().all())
+        if side == 1:
+            assert int((ours.weight.grad[:, :, 0] != 0).sum()) == 0, "only the middle of the kernel meets the cell"

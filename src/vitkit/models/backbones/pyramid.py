@@ -55,6 +55,20 @@ class TokenBlock(nn.Module):
         return from_tokens(x, layout, state)
 
 
+class Halve(nn.Conv2d):
+    """3×3 convolution of stride 2: (B, C, H, W) → (B, C', ⌈H/2⌉, ⌈W/2⌉)."""
+
+    def __init__(self, in_channels: int, out_channels: int, groups: int = 1, bias: bool = True) -> None:
+        super().__init__(in_channels, out_channels, 3, stride=2, padding=1, groups=groups, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-2:] == (1, 1):
+            # one cell with bfloat16 on a CPU: oneDNN (PyTorch 2.15) returns garbage for the weights' gradient; zeros
+            # beside the cell are what the padding holds anyway
+            x = nn.functional.pad(x, (0, 1, 0, 1))
+        return super().forward(x)
+
+
 class Stage(nn.Module):
     """Downsampling, then blocks ``State → State``.
 
