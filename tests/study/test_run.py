@@ -90,6 +90,18 @@ def test_everything_that_is_promised_is_written(finished):
     assert "http://" not in page.replace("http://www.w3.org", "")
 
 
+def test_recipes_with_one_model_show_it_once(finished):
+    result, out, _ = finished
+    row = {r.name: r for r in result.recipes}
+    assert row["gmar"].same_model_as == row["softmax-rejection"].same_model_as == "vit"
+    assert row["vit"].same_model_as is row["gptq-w4"].same_model_as is row["sinkhorn"].same_model_as is None
+    assert row["gmar"].versus_baseline is None
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert "gmar and softmax-rejection look at the very model of vit" in page
+    assert "Reliability of vit" in page
+    assert "Reliability of gmar" not in page
+
+
 def test_recipes_that_share_a_prefix_share_the_work(finished):
     _, out, _ = finished
     rows = sqlite3.connect(out / "study.db").execute("SELECT kind, count(*) FROM stages GROUP BY kind").fetchall()
@@ -143,6 +155,48 @@ def test_exported_models_answer_like_the_study(finished, tmp_path):
     assert "vitkit predict" in card
     with pytest.raises(BadInput, match="not a model folder"):
         predict_files(tmp_path, [tmp_path])
+
+
+@pytest.mark.parametrize("kind", ["npz", "folder"])
+def test_float_images_are_predicted_from_files_as_in_the_study(tmp_path, kind):
+    """Hounsfield-like values: each image has another range, black and white are those of the whole set."""
+    from vitkit.cli.predict import predict_files
+
+    rng = np.random.default_rng(0)
+    labels = np.arange(40) % 2
+    images = (
+        rng.normal(-200, 250, (40, 10, 10)).astype(np.float32)
+        + 60 * np.arange(40)[:, None, None] * (labels == 1)[:, None, None]
+    )
+    folder = tmp_path / "files"
+    for i, image in enumerate(images):
+        target = folder / str(labels[i]) / f"{i:02d}"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if kind == "folder" and i % 4 > 1:
+            # beside floats, 8-bit files are resized as floats too
+            Image.fromarray(rng.integers(0, 255, (10, 10), np.uint8)).save(target.with_suffix(".png"))
+        elif i % 8 > 3:
+            Image.fromarray(image).save(target.with_suffix(".tif"))
+        else:
+            np.save(target.with_suffix(".npy"), image)
+    data = folder
+    if kind == "npz":
+        data = tmp_path / "d.npz"
+        np.savez(data, x=images, y=labels)
+    out = tmp_path / "out"
+    result = run_study(settings(data, ["vit"], data={"image_size": 8}), out)
+    (found,) = out.glob("stages/predict-*/predictions.npz")
+    with np.load(found) as stage:
+        expected = dict(zip(stage["test_indices"].tolist(), stage["test_predictions"]))
+    files = sorted(folder.rglob("*.*"), key=lambda f: f.stem if kind == "npz" else str(f))
+    model = out / result.recipes[0].model_dir
+    rows = predict_files(model, files)
+    assert len(expected) >= 8
+    for i, probabilities in expected.items():
+        np.testing.assert_allclose(list(rows[i]["probabilities"].values()), probabilities, atol=1e-6)
+    told = json.loads((model / "preprocessing.json").read_text())
+    used = images if kind == "npz" else images[np.arange(40) % 4 < 2]
+    assert told["wide"] and told["value_range"] == pytest.approx([used.min(), used.max()])
 
 
 def test_a_failing_recipe_leaves_the_others_alone(tmp_path):

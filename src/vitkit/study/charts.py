@@ -511,7 +511,7 @@ def rejection(result: StudyResult, look: Mapping[str, Look]) -> Chart | None:
     curves = {
         r.name: [(p.coverage, [p.selective_accuracy]) for p in r.curves.rejection if p.selective_accuracy is not None]
         for r in result.recipes
-        if r.curves.rejection
+        if r.curves.rejection and r.same_model_as is None
     }
     curves = {name: points for name, points in curves.items() if points}
     if not curves:

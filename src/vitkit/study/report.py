@@ -115,6 +115,8 @@ def _page(result: StudyResult) -> dict[str, Any]:
     css = css.replace("/*LIGHT*/", charts.css_colours(dark=False)).replace("/*DARK*/", charts.css_colours(dark=True))
     ranked, measure = result.ranked(), result.primary_measure
     done = [r for r in result.recipes if r.status == "ok"]
+    # what depends on predictions alone is shown once a model
+    models = [r for r in ranked if r.same_model_as is None]
     page: dict[str, Any] = {
         "result": result,
         "created": _date(result),
@@ -136,9 +138,9 @@ def _page(result: StudyResult) -> dict[str, Any]:
         "remarks": _remarks(result),
         "num_seeds": _num_seeds(result),
         "trade_offs": _present(charts.trade_off(result, c, look) for c in ("latency_ms_b1", "size_bytes")),
-        "reliability": _present(charts.reliability(r, look) for r in ranked),
+        "reliability": _present(charts.reliability(r, look) for r in models),
         "rejection": charts.rejection(result, look),
-        "confusion": _confusions(result, ranked, look),
+        "confusion": _confusions(result, models, look),
         "robustness": charts.robustness(result, look),
         "training": charts.training(result, look),
         "gallery": _gallery(result),
@@ -221,6 +223,16 @@ def _remarks(result: StudyResult) -> list[str]:
             f"The test set has only {total} images: one image more or less is {100 / max(total, 1):.1f} points "
             "of accuracy, and only large differences can be told from chance. Cross-validation (--folds) uses "
             "all images."
+        )
+    shared: dict[str, list[str]] = {}
+    for r in result.ranked():
+        if r.same_model_as is not None:
+            shared.setdefault(r.same_model_as, []).append(r.name)
+    for model, others in shared.items():
+        names = " and ".join([", ".join(others[:-1]), others[-1]] if len(others) > 1 else others)
+        remarks.append(
+            f"{names} {'look' if len(others) > 1 else 'looks'} at the very model of {model}; what depends on its "
+            f"predictions alone is shown once, under {model}."
         )
     return remarks
 
@@ -369,9 +381,11 @@ def _measure_table(recipes: Sequence[RecipeResult]) -> dict[str, Any]:
 def _faithfulness_table(result: StudyResult) -> dict[str, Any]:
     ranked = result.ranked()
     names = list(dict.fromkeys(f.measure for r in ranked for f in r.faithfulness))
+    of_model = {r.name: {f.explainer for f in r.faithfulness} for r in ranked}
     rows = []
     for r in ranked:
-        explainers = list(dict.fromkeys(f.explainer for f in r.faithfulness))
+        told = of_model.get(r.same_model_as or "", set())
+        explainers = [e for e in dict.fromkeys(f.explainer for f in r.faithfulness) if e not in told]
         for n, explainer in enumerate(explainers):
             found = {f.measure: f for f in r.faithfulness if f.explainer == explainer}
             cells = []
@@ -474,8 +488,12 @@ def _gallery(result: StudyResult) -> dict[str, Any] | None:
     gallery = _fit(result.gallery)
     images = [{"key": i.key, "label": i.label, "png": i.png, "tiny": _is_tiny(i.png)} for i in gallery.images]
     rank = {r.name: n for n, r in enumerate(result.ranked())}
+    model = {r.name: r.same_model_as for r in result.recipes}
+    given = {(e.recipe, e.explainer) for e in gallery.explanations}
     rows = []
     for e in sorted(gallery.explanations, key=lambda e: rank.get(e.recipe, len(rank))):
+        if (model.get(e.recipe), e.explainer) in given:
+            continue
         rows.append(GalleryRow(e.recipe, e.explainer, [_picture(gallery, e, k) for k in range(len(images))]))
     known = {r.name for r in result.recipes}
     return {"images": images, "rows": [r for r in rows if r.recipe in known]}

@@ -230,13 +230,17 @@ class Faithfulness(_Record):
 
 
 class RecipeResult(_Record):
-    """Everything the study found out about one recipe."""
+    """Everything the study found out about one recipe.
+
+    ``same_model_as`` names the recipe whose very model this one uses, with other probes: their predictions are one.
+    """
 
     _stated = frozenset({"versus_baseline"})
 
     name: str
     title: str | None = None
     baseline: bool = False
+    same_model_as: str | None = None
     status: Literal["ok", "failed"] = "ok"
     error: str | None = None
     parts: dict[str, str] = Field(default_factory=dict)

@@ -57,6 +57,7 @@ def summarise(
     table = [_recipe(entry, store, facts, failures, settings) for entry in plan.recipes]
     recipes = [row for row, _ in table]
     scores = {row.name: s for row, s in table if s is not None}
+    _note_shared_models(recipes, plan)
     baseline = next((r for r in recipes if r.status == "ok"), None)
     if baseline is not None:
         baseline.baseline = True
@@ -66,7 +67,7 @@ def summarise(
         family: dict[str, Comparison | None] = {
             r.name: statistics.compare(scores[r.name], scores[baseline.name], measure=measure, groups=groups)
             for r in recipes
-            if r.status == "ok" and r is not baseline and _same_predictions(r, baseline, plan)
+            if r.status == "ok" and r is not baseline and r.same_model_as is None
         }
         for name, comparison in statistics.correct_family(family).items():
             next(r for r in recipes if r.name == name).versus_baseline = comparison
@@ -99,10 +100,16 @@ def summarise(
     return result
 
 
-def _same_predictions(a: RecipeResult, b: RecipeResult, plan: Plan) -> bool:
-    """False for recipes that share the baseline's model (they differ in probes only): there is nothing to test."""
+def _note_shared_models(recipes: list[RecipeResult], plan: Plan) -> None:
+    """Recipes that differ in probes only have one model: the first of them, the baseline before all, stands for it."""
     entries = {e.recipe.name: e for e in plan.recipes}
-    return entries[a.name].final != entries[b.name].final
+    first: dict[str, str] = {}
+    for row in recipes:
+        if row.status == "ok":
+            model = repr(sorted(entries[row.name].final.items()))
+            if model in first:
+                row.same_model_as = first[model]
+            first.setdefault(model, row.name)
 
 
 def test_groups(entry: RecipePlan, store: Store, facts: DataFacts) -> np.ndarray | None:
