@@ -26,3 +26,10 @@ def test_vitkit_alone_imports_neither_timm_nor_torch():
 def test_timm_looks_as_if_imported_without_us():
     code = "import vitkit, timm, importlib; print(type(timm.__spec__.loader).__name__); importlib.reload(timm)"
     assert run(code) == "SourceFileLoader"
+
+
+@pytest.mark.parametrize(
+    "first", ["vitkit.anatomy", "vitkit.models.vit", "vitkit.compress.cost", "vitkit.train", "vitkit.testing"]
+)
+def test_any_room_may_be_imported_first(first):
+    assert run(f"import {first}, timm; print(timm.is_model('ecvit_tiny'))") == "True"
