@@ -61,6 +61,39 @@ def test_what_the_host_lacks_is_refused_by_name():
         rehost(transformers.BeitModel(transformers.BeitConfig(**SMALL)))
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_register_tokens": 3},
+        {"use_gated_mlp": True, "hidden_act": "silu", "image_size": [32, 48]},
+        {"key_bias": True, "proj_bias": False, "mlp_bias": False, "value_bias": False, "hidden_act": "gelu_new"},
+    ],
+)
+def test_dinov3_shares_every_tensor(options):
+    model = make("DINOv3ViT", **options)
+    vit = rehost(model)
+    used = {id(p) for n, p in model.named_parameters() if "mask_token" not in n and p.numel()}
+    assert {id(p) for p in vit.parameters()} == used
+    for images in (torch.randn(2, 3, 32, 32), torch.randn(1, 3, 24, 40)):
+        with torch.no_grad():
+            torch.testing.assert_close(
+                vit.forward_features(images), model(images).last_hidden_state, atol=1e-4, rtol=1e-4
+            )
+            torch.testing.assert_close(vit(images), model(images).pooler_output, atol=1e-4, rtol=1e-4)
+
+
+def test_dinov3_augments_its_positions_in_training_as_the_original():
+    model = make("DINOv3ViT", pos_embed_shift=0.2, pos_embed_jitter=1.5).train()
+    vit, images = rehost(model), torch.randn(2, 3, 32, 32)
+    outputs = []
+    for net in (model, vit.forward_features):
+        torch.manual_seed(2)
+        outputs.append(net(images))
+    torch.testing.assert_close(outputs[1], outputs[0].last_hidden_state, atol=1e-4, rtol=1e-4)
+    model.eval()
+    assert (outputs[1] - vit.eval().forward_features(images)).abs().max() > 1e-3
+
+
 def test_a_method_runs_on_it():
     from vitkit import swap
 

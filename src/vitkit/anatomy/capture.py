@@ -13,7 +13,7 @@ site                           shape                       what
 ``blocks.{l}.attn.z``          (B, P+N, H, d)              per-head outputs before the output projection
 ``blocks.{l}.attn.out``        (B, P+N, D)                 update of the attention branch (scaled)
 ``blocks.{l}.resid_mid``       (B, P+N, D)                 stream between attention and MLP
-``blocks.{l}.mlp.hidden``      (B, P+N, M)                 MLP neurons after the activation
+``blocks.{l}.mlp.hidden``      (B, P+N, M)                 MLP neurons after activation and gate
 ``blocks.{l}.mlp.out``         (B, P+N, D)                 update of the MLP branch (scaled)
 ``blocks.{l}.resid_post``      (B, P+N, D)                 stream after the block
 ``final_norm``                 (B, P+N, D)                 after the last norm
@@ -138,7 +138,8 @@ class Trace:
 
     def __call__(self, site: str, value: Tensor, depth: int | None, layout: TokenLayout | None) -> Tensor:
         name = _name(site, depth)
-        if self._grad:
+        # a module of a foreign model may give a tuple; who asked for it decides what to say
+        if self._grad and isinstance(value, Tensor):
             leaf = torch.zeros_like(value, requires_grad=True)
             value = value + leaf
             self._leaves[name] = leaf
@@ -157,6 +158,7 @@ class Trace:
         _detach(self._sites.host, self)
         for handle in self._handles:
             handle.remove()
+        self._handles.clear()
         if kind is None:
             missing = sorted((self._sites.taps | set(self._sites.modules)) - set(self._values))
             if missing:
@@ -167,13 +169,13 @@ class Trace:
 
     def __getitem__(self, site: str) -> Tensor:
         value = self._raw(site)
-        return value if self._grad else value.detach()
+        return value if self._grad or not isinstance(value, Tensor) else value.detach()
 
     def _raw(self, site: str) -> Tensor:
         if site not in self._values:
             raise unknown("captured site", site, self._values, "trace.sites")
         value, layout = self._values[site], self.layouts.get(site)
-        if self._tokens == "all" or layout is None or value.ndim != 3:
+        if self._tokens == "all" or layout is None or not isinstance(value, Tensor) or value.ndim != 3:
             return value
         return value[:, : layout.num_prefix] if self._tokens == "prefix" else value[:, layout.num_prefix :]
 
@@ -213,6 +215,9 @@ class Intervene:
             :func:`zero`, :func:`scale`, :func:`add`, :func:`set_to`, :func:`uniform_attention`.
 
     Nested contexts compose in the order they were entered.
+
+    Raises: UnknownName for a site that does not exist; LookupError on exit if an edit was never applied at one of its
+        sites: no forward ran, or the part there has no such call point.
     """
 
     def __init__(self, model: nn.Module, edits: Mapping[str, Callable[[Tensor, SiteContext], Tensor]]) -> None:
@@ -234,16 +239,25 @@ class Intervene:
         return value
 
     def __enter__(self) -> Intervene:
+        self._seen.clear()
         _attach(self._host, self, bool(self._wanted))
         for sites, _ in self._edits.values():
             for name, module in sites.modules.items():
                 self._handles.append(module.register_forward_hook(lambda _m, _i, out, n=name: self(n, out, None, None)))
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         _detach(self._host, self)
         for handle in self._handles:
             handle.remove()
+        self._handles.clear()
+        if kind is None:
+            missed = sorted(self._wanted.union(*(sites.modules for sites, _ in self._edits.values())) - self._seen)
+            if missed:
+                raise LookupError(
+                    f"Nothing was changed at {missed[:3]}: no forward ran inside the `with`, or the part there has no "
+                    "such call point (for example a mixer without attention weights)."
+                )
 
 
 def _attach(vit: ViT | None, tap: Any, needed: bool) -> None:
@@ -289,11 +303,14 @@ def add(vector: Tensor) -> Callable[[Tensor, SiteContext], Tensor]:
 
 
 def uniform_attention(heads: Iterable[int] | None = None) -> Callable[[Tensor, SiteContext], Tensor]:
-    """At ``attn.weights``: the chosen heads (default all) attend to every row equally."""
+    """At ``attn.weights``: the chosen heads (default all) attend to every row equally; padding gets nothing."""
+    chosen = slice(None) if heads is None else list(heads)
 
-    def edit(value: Tensor, _: SiteContext) -> Tensor:
+    def edit(value: Tensor, ctx: SiteContext) -> Tensor:
+        mask = ctx.layout.key_mask() if ctx.layout is not None else None
+        share = torch.ones_like(value[:, :1, :1]) if mask is None else mask[:, None, None].to(value.dtype)
         out = value.clone()
-        out[:, slice(None) if heads is None else list(heads)] = 1.0 / value.shape[-1]
+        out[:, chosen] = share / share.sum(-1, keepdim=True).clamp(min=1)
         return out
 
     return edit

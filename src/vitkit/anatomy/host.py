@@ -17,8 +17,8 @@ def host(model: nn.Module) -> ViT:
         return found
     kinds = sorted({type(m).__name__ for m in model.modules()})[:6]
     raise TypeError(
-        f"This method works inside a plain vision transformer, but {type(model).__name__} (of {', '.join(kinds)} …) "
-        "holds none. Bring a timm or Hugging Face ViT in with vitkit.rehost(model)."
+        f"This method works inside a plain vision transformer or a rotary one, but {type(model).__name__} "
+        f"(of {', '.join(kinds)} …) holds none. Bring a timm or Hugging Face ViT in with vitkit.rehost(model)."
     )
 
 

@@ -13,11 +13,12 @@ _RULES: tuple[tuple[str, str], ...] = (
     ("q", r"\.(query|q_proj|q_lin)$"),
     ("k", r"\.(key|k_proj|k_lin)$"),
     ("v", r"\.(value|v_proj|v_lin)$"),
+    ("gate", r"\.(attn|self_attn)\.gate$"),
     (
         "proj",
         r"\.(attn\.proj|attention\.output\.dense|self_attn\.out_proj|attention\.o_proj|attn\.out_proj)$",
     ),
-    ("fc1", r"\.(mlp\.fc1|intermediate\.dense|mlp\.fc1_g|mlp\.up_proj|mlp\.w1)$"),
+    ("fc1", r"\.(mlp\.fc1|intermediate\.dense|mlp\.fc1_[gx]|mlp\.gate_proj|mlp\.up_proj|mlp\.w1)$"),
     ("fc2", r"\.(mlp\.fc2|(?<!attention\.)output\.dense|mlp\.down_proj|mlp\.w3)$"),
     ("norm1", r"\.(norm1|layernorm_before|layer_norm1)$"),
     ("norm2", r"\.(norm2|layernorm_after|layer_norm2)$"),
@@ -28,7 +29,9 @@ _COMPILED = tuple((role, re.compile(pattern)) for role, pattern in _RULES)
 
 
 def role_of(name: str) -> str | None:
-    """Role of a qualified module name: patch_embed, qkv, q, k, v, proj, fc1, fc2, norm1, norm2, norm, head or None.
+    """Role of a qualified module name: patch_embed, qkv, q, k, v, gate, proj, fc1, fc2, norm1, norm2, norm, head.
+
+    None for any other name.
 
     >>> role_of("blocks.3.attn.qkv"), role_of("encoder.layer.0.attention.output.dense"), role_of("layer.0.output.dense")
     ('qkv', 'proj', 'fc2')
@@ -43,11 +46,11 @@ def roles(model: nn.Module) -> dict[str, str]:
 
 
 def linear_groups(block: nn.Module) -> list[list[str]]:
-    """Names of the linear layers of one block, in the order data meets them: [qkv or q,k,v], [proj], [fc1 …], [fc2].
+    """Names of the linear layers of one block, as data meets them: [qkv or q, k, v; gate], [proj], [fc1 …], [fc2].
 
     Linear layers whose role is unknown follow, one group each, so nothing is left out silently.
     """
-    order = (("qkv", "q", "k", "v"), ("proj",), ("fc1",), ("fc2",))
+    order = (("qkv", "q", "k", "v", "gate"), ("proj",), ("fc1",), ("fc2",))
     linears = [name for name, m in block.named_modules() if isinstance(m, nn.Linear)]
     by_role = {name: role_of(f"block.{name}") for name in linears}
     groups = [[name for name in linears if by_role[name] in roles_] for roles_ in order]

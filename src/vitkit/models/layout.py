@@ -20,6 +20,14 @@ class Tap(Protocol):
     def __call__(self, site: str, value: Tensor, depth: int | None, layout: TokenLayout) -> Tensor: ...
 
 
+class Rotation(Protocol):
+    """Rotary tables prepared once per forward for the patch rows (see :mod:`vitkit.models.parts.positions.rope`)."""
+
+    def follow(self, layout: TokenLayout) -> TokenLayout:
+        """``layout`` with tables for its rows as they are now; the same object while no row has moved."""
+        ...
+
+
 @dataclass(frozen=True, eq=False)
 class LogitEdit:
     """One named contributor to the attention logits.
@@ -55,6 +63,8 @@ class TokenLayout:
         edits: contributors to the attention logits, see :class:`LogitEdit`.
         cond: per-call conditioning given to ``embed`` (dates, variables, resolution …).
         tap: the active call-point observer, None in ordinary runs.
+        rotation: rotary tables of a host that turns queries and keys, None in others; they find out by themselves that
+            rows were merged, dropped or permuted.
         aux: auxiliary losses, written by parts as ``aux[(name, depth)] = scalar`` (overwritten, so that a
             recomputed block is harmless).
     """
@@ -69,6 +79,7 @@ class TokenLayout:
     edits: tuple[LogitEdit, ...] = ()
     cond: Mapping[str, Any] = field(default_factory=dict)
     tap: Tap | None = None
+    rotation: Rotation | None = None
     aux: dict[tuple[str, int], Tensor] = field(default_factory=dict)
 
     @property

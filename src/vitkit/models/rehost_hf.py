@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 from timm.layers import LayerNorm, QuickGELU
+from timm.models.eva import Eva
 from torch import Tensor, nn
 
 from vitkit.errors import BadInput
+from vitkit.models.rehost_eva import EvaViT, from_eva
 from vitkit.models.vit import ViT
 
 # (pattern of the Hugging Face key below the vision tower, name in the host); old and new spellings alike
@@ -44,9 +46,21 @@ _NAMES: tuple[tuple[str, str], ...] = (
     (r"(encoder\.)?layers?\.(?P<l>\d+)\.layer_scale(?P<i>[12])\.lambda1", "blocks.{l}.ls{i}.gamma"),
     (r"classifier\.(?P<p>weight|bias)", "head.{p}"),
 )
+# DINOv3: rotary positions, separate projections, LayerScale, plain or gated MLP
+_DINOV3_NAMES: tuple[tuple[str, str], ...] = (
+    (r"embeddings\.patch_embeddings\.(?P<p>weight|bias)", "patch_embed.proj.{p}"),
+    (r"norm\.(?P<p>weight|bias)", "norm.{p}"),
+    (r"(model\.)?layer\.(?P<l>\d+)\.(?P<n>norm[12])\.(?P<p>\w+)", "blocks.{l}.{n}.{p}"),
+    (r"(model\.)?layer\.(?P<l>\d+)\.attention\.(?P<n>[qkv]_proj)\.(?P<p>\w+)", "blocks.{l}.attn.{n}.{p}"),
+    (r"(model\.)?layer\.(?P<l>\d+)\.attention\.o_proj\.(?P<p>\w+)", "blocks.{l}.attn.proj.{p}"),
+    (r"(model\.)?layer\.(?P<l>\d+)\.layer_scale(?P<i>[12])\.lambda1", "blocks.{l}.ls{i}.gamma"),
+    (r"(model\.)?layer\.(?P<l>\d+)\.mlp\.gate_proj\.(?P<p>\w+)", "blocks.{l}.mlp.fc1_g.{p}"),
+    (r"(model\.)?layer\.(?P<l>\d+)\.mlp\.up_proj\.(?P<p>\w+)", "blocks.{l}.mlp.{up}.{p}"),
+    (r"(model\.)?layer\.(?P<l>\d+)\.mlp\.down_proj\.(?P<p>\w+)", "blocks.{l}.mlp.fc2.{p}"),
+)
 # weights that play no role in the hidden states: pooling heads, and what only pretraining uses
 _IGNORED = re.compile(
-    r"^(embeddings\.(mask_token|position_ids)|pooler\..*|head\..*|visual_projection\..*|decoder\..*)$"
+    r"^(embeddings\.(mask_token|position_ids)|rope_embeddings\.\w+|pooler\..*|head\..*|visual_projection\..*|decoder\..*)$"
 )
 _ACTIVATIONS: dict[str, Any] = {
     "gelu": nn.GELU,
@@ -54,33 +68,33 @@ _ACTIVATIONS: dict[str, Any] = {
     "gelu_pytorch_tanh": functools.partial(nn.GELU, approximate="tanh"),
     "gelu_new": functools.partial(nn.GELU, approximate="tanh"),
     "relu": nn.ReLU,
+    "silu": nn.SiLU,
 }
 
 
 def from_transformers(model: nn.Module, check: bool = True) -> ViT:
-    """Re-host a transformers ViT, DeiT, DINOv2 (with or without registers), CLIP or SigLIP vision model.
+    """Re-host a transformers ViT, DeiT, DINOv2 (with or without registers), DINOv3, CLIP or SigLIP vision model.
 
-    q, k and v are fused into one projection (a copy); every other tensor is shared. A linear classifier on the class
-    token comes along, other heads do not: ``num_classes`` is then 0.
+    q, k and v are fused into one projection (a copy), except in DINOv3; every other tensor is shared. A linear
+    classifier on the class token comes along, other heads do not: ``num_classes`` is then 0.
 
     Raises:
-        BadInput: weights that the host has no place for (a gated MLP, rotary positions …), named; a pooling head that
-            the logits need.
+        BadInput: weights that the host has no place for (a gated MLP of DINOv2, relative positions …), named; a pooling
+            head that the logits need.
         RuntimeError: the hidden states or logits differ by more than 1e-5.
     """
     config = getattr(model.config, "vision_config", model.config)
-    state = _tower(model)
-    names, unknown = {}, []
-    for key, value in state.items():
-        target = _translate(key)
-        if target is None and not _IGNORED.match(key):
-            unknown.append(key)
-        elif target is not None:
-            names[target] = value
+    if config.model_type == "dinov3_vit":
+        vit: ViT = _dinov3(model, config)
+        if check:
+            _compare(model, vit, False)
+        return vit
+    names, unknown = _translated(model, _NAMES)
     if unknown or "patch_embed.proj.weight" not in names or "pos_embed" not in names:
         raise BadInput(
             f"{type(model).__name__} has weights the host has no place for ({', '.join(unknown[:3]) or 'no plain '}"
-            "patch embedding and position table); plain ViT, DeiT, DINOv2, CLIP and SigLIP vision models are covered."
+            "patch embedding and position table); plain ViT, DeiT, DINOv2, DINOv3, CLIP and SigLIP vision models are "
+            "covered."
         )
     vit = _build(names, config)
     vit.load_state_dict(_fused(names, vit), assign=True)
@@ -100,19 +114,94 @@ def _tower(model: nn.Module) -> dict[str, Tensor]:
     return inside | {k: v for k, v in state.items() if not k.startswith(root) and k.startswith("classifier.")}
 
 
-def _translate(key: str) -> str | None:
-    for pattern, name in _NAMES:
+def _translated(
+    model: nn.Module, table: tuple[tuple[str, str], ...], **words: str
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Host name → tensor of the vision tower, and the names that ``table`` does not know."""
+    names, unknown = {}, []
+    for key, value in _tower(model).items():
+        target = _translate(key, table, words)
+        if target is None and not _IGNORED.match(key):
+            unknown.append(key)
+        elif target is not None:
+            names[target] = value
+    return names, unknown
+
+
+def _translate(key: str, table: tuple[tuple[str, str], ...], words: dict[str, str]) -> str | None:
+    for pattern, name in table:
         if match := re.fullmatch(pattern, key):
-            return name.format(**match.groupdict())
+            return name.format(**match.groupdict(), **words)
     return None
+
+
+def _dinov3(model: nn.Module, config: Any) -> EvaViT:
+    """timm's architecture around the very tensors of ``model``: nothing has to be fused."""
+    gated = bool(config.use_gated_mlp)
+    names, unknown = _translated(model, _DINOV3_NAMES + _NAMES[:2], up="fc1_x" if gated else "fc1")
+    if unknown:
+        raise BadInput(
+            f"{type(model).__name__} has weights the host has no place for ({', '.join(unknown[:3])}); re-host the "
+            "base model instead, e.g. rehost(model.base_model), and train a head of your own."
+        )
+    eva = Eva(
+        img_size=_pair(config.image_size),
+        patch_size=_pair(config.patch_size),
+        in_chans=config.num_channels,
+        num_classes=0,
+        global_pool="token",
+        embed_dim=config.hidden_size,
+        depth=config.num_hidden_layers,
+        num_heads=config.num_attention_heads,
+        qkv_fused=False,
+        mlp_ratio=config.intermediate_size / config.hidden_size,
+        swiglu_mlp=gated,
+        # the separate projections of gate and values
+        swiglu_align_to=int(gated),
+        norm_layer=functools.partial(LayerNorm, eps=config.layer_norm_eps),
+        init_values=config.layerscale_value,
+        num_reg_tokens=config.num_register_tokens,
+        use_abs_pos_emb=False,
+        use_rot_pos_emb=True,
+        rope_type="dinov3",
+        rope_temperature=config.rope_theta,
+        rope_rotate_half=True,
+        rope_shift_coords=config.pos_embed_shift,
+        rope_jitter_coords=config.pos_embed_jitter,
+        rope_rescale_coords=config.pos_embed_rescale,
+        dynamic_img_size=True,
+    )
+    vit = from_eva(eva)
+    for block in vit.blocks:
+        block.mlp.act = _activation(config)  # type: ignore[union-attr]
+    for name in dict(vit.named_parameters()):
+        owner, _, leaf = name.rpartition(".")
+        if name not in names and leaf != "bias":
+            raise BadInput(f"The checkpoint lacks {name}.")
+        vit.get_submodule(owner).register_parameter(leaf, names.pop(name, None))  # type: ignore[arg-type]
+    for name, value in names.items():
+        owner, _, leaf = name.rpartition(".")
+        # biases that timm's class leaves out, and registers of which there are none
+        if value.numel():
+            vit.get_submodule(owner).register_parameter(leaf, value)  # type: ignore[arg-type]
+    return vit.train(model.training)
+
+
+def _pair(size: Any) -> Any:
+    return tuple(size) if isinstance(size, (list, tuple)) else size
+
+
+def _activation(config: Any) -> nn.Module:
+    name = str(getattr(config, "hidden_act", "gelu"))
+    if name not in _ACTIVATIONS:
+        raise BadInput(f"The activation {name!r} is not covered; known are {', '.join(_ACTIVATIONS)}.")
+    return _ACTIVATIONS[name]()
 
 
 def _build(names: dict[str, Tensor], config: Any) -> ViT:
     dim = names["patch_embed.proj.weight"].shape[0]
     depth = 1 + max(int(k.split(".")[1]) for k in names if k.startswith("blocks."))
-    activation = str(getattr(config, "hidden_act", "gelu"))
-    if activation not in _ACTIVATIONS:
-        raise BadInput(f"The activation {activation!r} is not covered; known are {', '.join(_ACTIVATIONS)}.")
+    _activation(config)
     head = names.get("head.weight")
     if head is not None and head.shape[1] != dim:
         raise BadInput(
@@ -120,10 +209,9 @@ def _build(names: dict[str, Tensor], config: Any) -> ViT:
             "re-host the base model instead, e.g. rehost(model.base_model), and train a head of your own."
         )
     class_token = "cls_token" in names
-    image, patch = config.image_size, config.patch_size
     return ViT(
-        img_size=tuple(image) if isinstance(image, (list, tuple)) else image,
-        patch_size=tuple(patch) if isinstance(patch, (list, tuple)) else patch,
+        img_size=_pair(config.image_size),
+        patch_size=_pair(config.patch_size),
         in_chans=names["patch_embed.proj.weight"].shape[1],
         num_classes=0 if head is None else head.shape[0],
         embed_dim=dim,
@@ -139,7 +227,7 @@ def _build(names: dict[str, Tensor], config: Any) -> ViT:
         fc_norm=False,
         pre_norm="norm_pre.weight" in names,
         norm_layer=functools.partial(LayerNorm, eps=config.layer_norm_eps),
-        act_layer=_ACTIVATIONS[activation],
+        act_layer=_ACTIVATIONS[str(getattr(config, "hidden_act", "gelu"))],
         weight_init="skip",
     )
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from vitkit.errors import BadInput, unknown
+from vitkit.models.parts.positions.rope import Rotary
 from vitkit.models.spec import PartSpec
 from vitkit.models.vit import Attention, Block, ViT
 
@@ -50,7 +51,8 @@ def spec_of(vit: ViT, depth: int | None = None) -> PartSpec:
     attn = getattr(vit.blocks[depth or 0], "attn", None)
     mlp = getattr(vit.blocks[depth or 0], "mlp", None)
     dim = vit.embed_dim
-    hidden = mlp.fc1.out_features if hasattr(getattr(mlp, "fc1", None), "out_features") else 4 * dim
+    # what fc2 takes: a gated MLP's fc1 gives twice as much
+    hidden = mlp.fc2.in_features if hasattr(getattr(mlp, "fc2", None), "in_features") else 4 * dim
     num_heads = getattr(attn, "num_heads", 1)
     return PartSpec(
         dim=dim,
@@ -135,6 +137,7 @@ def swap(
             touched += _swap_in_block(vit, slot, cls, depth, warm, options, record)
     else:
         touched += _swap_in_model(vit, slot, cls, warm, options, record)
+    _maybe_drop_rope(vit, record)
     record.touched = tuple(touched)
     record.params_added = sum(p.numel() for p in vit.parameters() if id(p) not in before)
     return record
@@ -204,7 +207,10 @@ def _swap_in_block(
         )
     if slot in ("mixer", "mlp"):
         name = "attn" if slot == "mixer" else "mlp"
-        new = _make(cls, getattr(block, name), spec, warm, options, vit)
+        old = getattr(block, name)
+        new = _make(cls, old.standard() if isinstance(old, Attention) else old, spec, warm, options, vit)
+        if isinstance(new, Attention):
+            _keep_turning(old, new, f"{prefix}.attn")
         if hasattr(new, "depth_index") or getattr(new, "wants_depth", False):
             new.depth_index = depth
         _replace(block, name, new, record)
@@ -222,17 +228,31 @@ def _swap_in_block(
     if slot == "normalizer":
         _replace(attn, "normalizer", _make(cls, attn.normalizer, spec, warm, options, vit), record)
         return [f"{prefix}.attn.normalizer"]
-    attn.position.append(_make(cls, None, spec, warm, options, vit))
+    part, before = _make(cls, None, spec, warm, options, vit), list(attn.position)
+    # two rotations would add their angles, so a part that turns takes the place of the host's own
+    kept = [p for p in before if not (isinstance(p, Rotary) and hasattr(part, "rotate"))]
+    attn.position = nn.ModuleList([*kept, part])
     if depth == 0 or not record.touched:
-        _maybe_drop_absolute(vit, attn.position[-1], record)
-    index = len(attn.position) - 1
-    old_list = attn.position
+        _maybe_drop_absolute(vit, part, record)
 
     def remove() -> None:
-        attn.position = nn.ModuleList(list(old_list)[:index])
+        attn.position = nn.ModuleList(before)
 
     record._undo.append(remove)
-    return [f"{prefix}.attn.position.{index}"]
+    return [f"{prefix}.attn.position.{len(kept)}"]
+
+
+def _keep_turning(old: nn.Module, new: Attention, where: str) -> None:
+    """A mixer on rotary tables keeps them, whether or not it took over the old one's positions itself."""
+    turning = [p for p in getattr(old, "position", ()) if isinstance(p, Rotary)]
+    if turning and not any(hasattr(p, "rotate") for p in new.position):
+        new.position = nn.ModuleList([*turning, *new.position])
+    for part in new.position:
+        if isinstance(part, Rotary) and part.dim != new.head_dim:
+            raise BadInput(
+                f"{where}: the model's rotary positions turn {part.dim} channels per head, and {type(new).__name__} "
+                f"has {new.head_dim}; choose options that keep the width of the heads."
+            )
 
 
 def _swap_in_model(vit: ViT, slot: str, cls: Any, warm: bool, options: dict, record: SwapRecord) -> list[str]:
@@ -247,6 +267,14 @@ def _swap_in_model(vit: ViT, slot: str, cls: Any, warm: bool, options: dict, rec
     if slot == "position":
         _maybe_drop_absolute(vit, new, record)
     return [name]
+
+
+def _maybe_drop_rope(vit: ViT, record: SwapRecord) -> None:
+    """Tables that no block reads any more leave the parameters; undo puts them back."""
+    attentions = [getattr(block, "attn", None) for block in vit.blocks]
+    turned = any(isinstance(p, Rotary) for attn in attentions for p in getattr(attn, "position", ()))
+    if getattr(vit, "rope", None) is not None and not turned:
+        _replace(vit, "rope", None, record)
 
 
 def _maybe_drop_absolute(vit: ViT, part: nn.Module, record: SwapRecord) -> None:

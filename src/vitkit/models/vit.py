@@ -13,8 +13,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from timm.layers import AttentionPoolLatent, resample_abs_pos_embed
+from timm.layers import GluMlp as TimmGluMlp
 from timm.layers import Mlp as TimmMlp
-from timm.layers import resample_abs_pos_embed
+from timm.layers import SwiGLU as TimmSwiGLU
 from timm.layers.attention import Attention as TimmAttention
 from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import Block as TimmBlock
@@ -23,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from vitkit.models.layout import LogitEdit, TokenLayout
+from vitkit.models.layout import LogitEdit, Rotation, TokenLayout
 
 # B batch · H heads · P prefix tokens · N patch tokens · D embedding · d = head dim
 
@@ -56,6 +58,10 @@ class Attention(TimmAttention):
         self.depth_index = depth
         self.normalizer: nn.Module | None = None
         self.position = nn.ModuleList()
+
+    def standard(self) -> Attention:
+        """The same function with one fused ``qkv`` projection that has its bias: what a part may start from."""
+        return self
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, n, D) → q, k, v of shape (B, H, n, d), after the optional q/k norms."""
@@ -166,6 +172,34 @@ class Mlp(TimmMlp):
         return self.drop2(self.fc2(hidden))
 
 
+class GluMlp(TimmGluMlp):
+    """timm's gated MLP with one projection for gate and values; the call point is at the gated neurons."""
+
+    takes_layout = True
+    depth_index: int | None = None
+
+    def forward(self, x: Tensor, layout: TokenLayout) -> Tensor:
+        first, second = self.fc1(x).chunk(2, dim=-1)
+        hidden = first * self.act(second) if self.gate_last else self.act(first) * second
+        hidden = self.norm(self.drop1(hidden))
+        if layout.tap is not None:
+            hidden = layout.tap("mlp.hidden", hidden, self.depth_index, layout)
+        return self.drop2(self.fc2(hidden))
+
+
+class SwiGLU(TimmSwiGLU):
+    """timm's gated MLP with two projections (``fc1_g`` gates ``fc1_x``); the call point is at the gated neurons."""
+
+    takes_layout = True
+    depth_index: int | None = None
+
+    def forward(self, x: Tensor, layout: TokenLayout) -> Tensor:
+        hidden = self.norm(self.drop1(self.act(self.fc1_g(x)) * self.fc1_x(x)))
+        if layout.tap is not None:
+            hidden = layout.tap("mlp.hidden", hidden, self.depth_index, layout)
+        return self.drop2(self.fc2(hidden))
+
+
 class Block(TimmBlock):
     """Pre-norm block ``x ← r_a·x + attn(norm1 x)``, ``x ← r_m·x + mlp(norm2 x)`` on tokens with a layout.
 
@@ -188,7 +222,7 @@ class Block(TimmBlock):
         self.skip_attn, self.skip_mlp = True, True
         self.reduce: nn.Module | None = None
         for child in (self.attn, self.mlp):
-            if isinstance(child, (Attention, Mlp)):
+            if isinstance(child, (Attention, Mlp, GluMlp, SwiGLU)):
                 child.depth_index = depth
 
     def forward(self, x: Tensor, layout: TokenLayout) -> tuple[Tensor, TokenLayout]:
@@ -263,6 +297,7 @@ class ViT(VisionTransformer):
             prefix=self._prefix_groups(),
             cond=cond,
             tap=_Taps(self.taps) if self.taps else None,
+            rotation=self.start_rotation(layout),
             aux=self.aux_sink if self.aux_sink is not None else {},
         )
         x = self._add_positions(x, layout)
@@ -273,6 +308,10 @@ class ViT(VisionTransformer):
         if layout.tap is not None:
             x = layout.tap("embed", x, None, layout)
         return x, layout
+
+    def start_rotation(self, layout: TokenLayout) -> Rotation | None:
+        """Rotary tables for the tokens of this forward; None in a host that turns nothing."""
+        return None
 
     def tokenize(self, images: Tensor) -> tuple[Tensor, TokenLayout]:
         """Images → patch tokens (B, N, D) and a layout without prefix; no positions yet."""
@@ -285,6 +324,7 @@ class ViT(VisionTransformer):
     def run(self, x: Tensor, layout: TokenLayout, states: list[tuple[Tensor, TokenLayout]] | None = None):
         """All blocks. ``states`` collects the output of every block when a list is given."""
         for block in self.blocks:
+            layout = _followed(layout)
             if self.grad_checkpointing and self.training:
                 x, layout = checkpoint(_run_block, block, x, layout, use_reentrant=False)
             else:
@@ -338,7 +378,7 @@ class ViT(VisionTransformer):
         tokens, layout = self._start(x, attn_mask, is_causal)
         maps, prefixes = [], []
         for i, block in enumerate(self.blocks[: last + 1] if stop_early else self.blocks):
-            tokens, layout = _run_block(block, tokens, layout)
+            tokens, layout = _run_block(block, tokens, _followed(layout))
             if i not in take:
                 continue
             out = self.norm(tokens) if norm else tokens
@@ -365,11 +405,14 @@ class ViT(VisionTransformer):
         """
         if layout.sizes is None and layout.valid is None and layout.num_prefix == self.num_prefix_tokens:
             return self.pool(x)
-        if self.global_pool == "token":
+        if self.global_pool == "token" and self.attn_pool is None:
             return x[:, layout.prefix_slice("class").start]
+        if isinstance(self.attn_pool, AttentionPoolLatent) and self.attn_pool.pos_embed is None:
+            return self._map_pool(x, layout)
         if self.global_pool != "avg" or self.attn_pool is not None:
             raise ValueError(
-                f"global_pool={self.global_pool!r} is not defined on merged or padded tokens; use 'token' or 'avg'."
+                f"global_pool={self.global_pool!r} is not defined on merged or padded tokens; use 'token', 'avg' or "
+                "'map'."
             )
         patches = x[:, layout.num_prefix :]
         weight = layout.sizes if layout.sizes is not None else torch.ones_like(patches[..., 0])
@@ -379,6 +422,16 @@ class ViT(VisionTransformer):
             patches, weight = x, F.pad(weight, (layout.num_prefix, 0), value=1.0)
         weight = weight.to(x.dtype).unsqueeze(-1)
         return (patches * weight).sum(1) / weight.sum(1).clamp(min=1e-6)
+
+    def _map_pool(self, x: Tensor, layout: TokenLayout) -> Tensor:
+        """timm's attention pooling with log merge sizes in its logits, as in the blocks."""
+        skip = 0 if self.pool_include_prefix else layout.num_prefix
+        patches = x[:, layout.num_prefix :]
+        logits = patches.new_zeros(patches.shape[:2]) if layout.sizes is None else layout.sizes.clamp(min=1e-6).log()
+        if layout.valid is not None:
+            logits = logits.masked_fill(~layout.valid, torch.finfo(x.dtype).min)
+        logits = F.pad(logits.to(x.dtype), (layout.num_prefix - skip, 0))
+        return self.attn_pool(x[:, skip:], attn_mask=logits[:, None, None, :])
 
     # -- inside ------------------------------------------------------------------------------------------------
 
@@ -455,6 +508,11 @@ class _Taps:
         return value
 
 
+def _followed(layout: TokenLayout) -> TokenLayout:
+    """Rotary tables for the rows as they are now: between blocks, so that no block recomputes them for the next."""
+    return layout if layout.rotation is None else layout.rotation.follow(layout)
+
+
 def _run_block(block: nn.Module, x: Tensor, layout: TokenLayout) -> tuple[Tensor, TokenLayout]:
     return block(x, layout) if getattr(block, "takes_layout", False) else (block(x), layout)
 
@@ -480,9 +538,9 @@ def collect_aux(model: nn.Module) -> Iterator[dict[tuple[str, int], Tensor]]:
     sink: dict[tuple[str, int], Tensor] = {}
     before = [h.aux_sink for h in hosts]
     for h in hosts:
-        h.aux_sink = sink
+        h.aux_sink = sink  # type: ignore[assignment]
     try:
         yield sink
     finally:
         for h, old in zip(hosts, before):
-            h.aux_sink = old
+            h.aux_sink = old  # type: ignore[assignment]

@@ -80,7 +80,7 @@ class KAN(nn.Module):
 
         if isinstance(old, nn.Linear):
             return layer(old.in_features, old.out_features)
-        if not hasattr(old, "fc1"):
+        if not hasattr(old, "fc2"):
             raise ValueError(
                 f"KAN replaces an MLP with fc1 and fc2, or a linear head, but found {type(old).__name__}; put it in "
                 "before other parts of this slot."
