@@ -89,7 +89,7 @@ def run(seeds: tuple[int, ...] = (0, 1, 2), progress: Callable[[str, int, int], 
         ],
         notes=(
             "Intervals: 95 % bootstrap over test images, each image's correctness averaged over seeds. The claim "
-            "counts as shown if NiNformer is ahead of both attention and the Mixer. The arms share depth and width, not "
+            "counts as shown if NiNformer is ahead of attention and the Mixer. The arms share depth and width, not "
             "parameters: the gate's two MLPs come on top of the block's own."
         ),
         settings={
