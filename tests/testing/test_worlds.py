@@ -244,3 +244,9 @@ def test_train_tiny_fits_the_world():
     world = worlds.digits(test_fraction=0.9)
     model = worlds.train_tiny(world, epochs=1, embed_dim=16, depth=1)
     assert model.patch_embed.patch_size == (2, 2) and not model.training
+
+
+def test_the_tiny_host_takes_every_form_of_part_that_build_takes():
+    one = worlds.tiny_vit(tokenizer=["conv-stem", ("neurn", {"k": 5})], normalizer={"name": "sinkhorn"})
+    assert type(one.patch_embed).__name__ == "NeuRN" and type(one.patch_embed.tokenizer).__name__ == "ConvStem"
+    assert one(torch.rand(2, 1, 28, 28)).shape == (2, 10)

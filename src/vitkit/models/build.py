@@ -41,7 +41,7 @@ def build(name: str = "vit_pico", *, pretrained: bool = False, **options: Any) -
         swap(model, slot, part, **part_options)
         for slot, value in slots.items()
         if value is not None
-        for part, part_options in _as_parts(value)
+        for part, part_options in as_parts(value)
     ]
     model.swaps = records  # type: ignore[assignment]
     return model
@@ -78,11 +78,12 @@ def create(name: str, *, pretrained: bool = False, **options: Any) -> nn.Module:
         return model
 
 
-def _as_parts(value: Any) -> list[tuple[Any, dict[str, Any]]]:
+def as_parts(value: Any) -> list[tuple[Any, dict[str, Any]]]:
+    """What may be written for a slot (a part, ``(part, options)``, ``{"name": …}``, several in a list) as pairs."""
     if isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], dict):
         return [(value[0], value[1])]
     if isinstance(value, list):
-        return [pair for item in value for pair in _as_parts(item)]
+        return [pair for item in value for pair in as_parts(item)]
     if isinstance(value, dict):
         rest = dict(value)
         return [(rest.pop("name"), rest)]

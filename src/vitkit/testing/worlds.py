@@ -195,6 +195,7 @@ def tiny_vit(
         options: slots (``mixer=…``, ``normalizer=…`` as in :func:`vitkit.build`) and arguments of timm's
             ``VisionTransformer`` that replace the defaults (``embed_dim``, ``depth``, ``reg_tokens``, …).
     """
+    from vitkit.models.build import as_parts
     from vitkit.models.swap import SLOTS, swap
     from vitkit.models.vit import ViT
 
@@ -204,9 +205,9 @@ def tiny_vit(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = ViT(img_size=img_size, patch_size=patch_size, in_chans=in_chans, num_classes=num_classes, **shape)
-        for slot, part in slots.items():
-            name, part_options = part if isinstance(part, tuple) else (part, {})
-            swap(model, slot, name, **part_options)
+        for slot, value in slots.items():
+            for part, part_options in as_parts(value):
+                swap(model, slot, part, **part_options)
     return model
 
 
