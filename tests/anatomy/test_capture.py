@@ -241,3 +241,91 @@ def test_works_under_no_grad_and_in_half_precision(dtype):
     with torch.no_grad(), Trace(net, ["blocks.*.attn.weights"]) as trace:
         net(IMAGES.to(dtype))
     assert trace["blocks.2.attn.weights"].dtype == dtype
+
+
+def test_an_edit_that_nothing_met_is_an_error():
+    net = model()
+    with (
+        pytest.raises(LookupError, match=r"Nothing was changed at \['blocks.0.mlp.hidden'"),
+        Intervene(net, {"blocks.0.mlp.hidden": zero()}),
+    ):
+        pass
+    net.blocks[1].attn = torch.nn.Identity()  # a mixer without attention weights
+    with (
+        pytest.raises(LookupError, match=r"blocks\.1\.attn\.weights"),
+        Intervene(net, {"blocks.*.attn.weights": uniform_attention()}),
+    ):
+        net(IMAGES)
+    assert net.taps == ()
+    again = Intervene(model(), {"logits": zero()})
+    for _ in range(2):
+        with pytest.raises(LookupError), again:
+            pass
+
+
+def test_uniform_attention_gives_padding_nothing():
+    class Pad(torch.nn.Module):
+        def forward(self, x, keys, layout):
+            valid = torch.ones(len(x), 35, dtype=torch.bool)
+            valid[0, 20:] = False
+            return x, layout.replace(valid=valid)
+
+    net = model()
+    net.blocks[0].reduce = Pad()
+    with (
+        Intervene(net, {"blocks.1.attn.weights": uniform_attention(h for h in (0, 2))}),
+        Trace(net, "blocks.1.attn.weights") as trace,
+    ):
+        net(IMAGES)
+        net(IMAGES)  # the heads may come from an iterator, and every forward uses them
+    weights = trace["blocks.1.attn.weights"]
+    torch.testing.assert_close(weights[0, 0, :, :21], torch.full((36, 21), 1 / 21))
+    assert not weights[0, :, :, 21:].any()
+    torch.testing.assert_close(weights[1:, 2], torch.full((2, 36, 36), 1 / 36))
+    assert not torch.allclose(weights[0, 1, :, :21], torch.full((36, 21), 1 / 21))
+
+
+def test_modules_that_give_tuples_are_traced_as_they_are():
+    net = torch.nn.GRU(3, 4, batch_first=True)
+    wrapped = torch.nn.ModuleDict({"rnn": net})
+    for grad in (False, True):
+        with Trace(wrapped, "rnn", grad=grad) as trace:
+            out = net(torch.randn(2, 5, 3))
+        assert trace["rnn"] is out
+
+
+def test_a_stream_that_is_not_the_sum_of_its_parts_is_refused():
+    class Doubled(torch.nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    net = model()
+    assert decompose_residual(net, IMAGES).stream.shape == (3, 36, 64)
+    old = net.blocks[1].attn.proj
+    net.blocks[1].attn.proj = Doubled(64, 64)
+    net.blocks[1].attn.proj.load_state_dict(old.state_dict())
+    with pytest.raises(ValueError, match="The parts miss the residual stream"):
+        decompose_residual(net, IMAGES)
+
+
+def test_half_precision_streams_are_decomposed_too():
+    parts = decompose_residual(model().bfloat16(), IMAGES.bfloat16())
+    assert (parts.units.float().sum(2) - parts.stream.float()).abs().max() < 0.1 * parts.stream.abs().max()
+
+
+def test_untouched_puts_back_buffers_that_were_replaced():
+    class Counts(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("seen", torch.zeros(()))
+
+        def forward(self, x):
+            self.seen = self.seen + 1
+            return x
+
+    net = Counts()
+    before = net.seen
+    with untouched(net):
+        net(torch.ones(1))
+        assert net.seen == 1
+    assert net.seen is before and before == 0

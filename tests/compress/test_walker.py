@@ -364,5 +364,37 @@ def test_misuse_says_what_to_do():
         list(BlockWalker(model, copy.deepcopy(model), []))
     with pytest.raises(BadInput, match=r"\(N, C, H, W\)"):
         list(BlockWalker(model, copy.deepcopy(model), torch.rand(1, 8, 8)))
+    with pytest.raises(BadInput, match="got str"):
+        list(BlockWalker(model, copy.deepcopy(model), ["images"]))
+    with pytest.raises(BadInput, match=r"torch\.uint8; give floats"):
+        list(BlockWalker(model, copy.deepcopy(model), torch.zeros(2, 1, 8, 8, dtype=torch.uint8)))
     with pytest.raises(BadInput, match="batch_size"):
         BlockWalker(model, copy.deepcopy(model), _images(), batch_size=0)
+
+
+def test_images_of_an_iterator_serve_every_layer():
+    from timm.models.mlp_mixer import MlpMixer
+
+    torch.manual_seed(0)
+    plain = MlpMixer(img_size=8, patch_size=4, in_chans=1, num_classes=3, embed_dim=8, num_blocks=1).eval()
+    for model in (plain, _vit()):
+        other = _noisy(model)
+        whole = _collect(BlockWalker(model, other, _images(), batch_size=3))
+        once = _collect(BlockWalker(model, other, (part for part in _images().split(3)), batch_size=3))
+        assert set(once) == set(whole)
+        for name in whole:
+            torch.testing.assert_close(once[name], whole[name])
+
+
+def test_a_name_is_no_classifier_where_the_network_says_which_layer_is():
+    class Named(nn.Module):
+        def __init__(self, says: bool) -> None:
+            super().__init__()
+            self.fc, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
+            if says:
+                self.get_classifier = lambda: self.head
+
+    for says, expected in ((True, ["fc"]), (False, [])):
+        model = Named(says)
+        keep = default_layers(model)
+        assert [n for n, m in model.named_modules() if keep(n, m)] == expected

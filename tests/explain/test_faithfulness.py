@@ -270,3 +270,24 @@ def test_bfloat16_model():
     half = score_explainers(net.to(torch.bfloat16), IMAGES, {"rollout": patch_map})
     for measure in ("deletion", "insertion"):
         torch.testing.assert_close(half["rollout"][measure], exact["rollout"][measure], atol=0.03, rtol=0)
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_networks_that_are_no_vit_are_randomised_part_by_part_and_keep_their_head(wrapped):
+    from timm.models.resnet import BasicBlock, ResNet
+
+    from vitkit.explain.grad_cam import grad_cam
+
+    torch.manual_seed(0)
+    net = ResNet(BasicBlock, (1, 1, 1, 1), num_classes=3, in_chans=2, channels=(8, 8, 8, 8)).eval()
+    model = NormalizedModel(net, [0.5, 0.5], [0.2, 0.2]) if wrapped else net
+    heads = []
+
+    def explain(model, images, target=None):
+        heads.append(next(m for m in model.modules() if isinstance(m, nn.Linear)).weight.clone())
+        return grad_cam(model, images, target)
+
+    rho = model_randomisation(explain, model, torch.rand(3, 2, 64, 64))
+    prefix = "model." if wrapped else ""
+    assert list(rho) == [prefix + name for name in ("layer4", "layer3", "layer2", "layer1", "bn1", "conv1")]
+    assert len(heads) == 7 and all(torch.equal(h, net.fc.weight) for h in heads)

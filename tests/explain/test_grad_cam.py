@@ -133,3 +133,8 @@ def test_targets_chunks_and_types():
 
 def test_leaves_the_model_as_found():
     check_probe(grad_cam)
+
+
+def test_a_layer_that_gives_no_tensor_is_refused():
+    with pytest.raises(BadInput, match="gives a tuple, not a tensor"):
+        grad_cam(model(), IMAGES, layer="model.blocks.1")

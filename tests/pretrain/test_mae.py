@@ -152,5 +152,50 @@ def test_bad_options():
         MAE(model(), mask_ratio=1.0)
     with pytest.raises(ValueError, match="decoder_dim=30"):
         MAE(model(), decoder_dim=30)
-    with pytest.raises(TypeError, match="plain vision transformer"):
+    with pytest.raises(TypeError, match="vision transformer"):
         MAE(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("width, heads", [(88, 4), (104, 4), (200, 5), (40, 4), (24, 3)])
+def test_every_width_gets_a_decoder(width, heads):
+    mae = MAE(model(embed_dim=width, num_heads=heads))
+    assert mae.decoder.width % mae.decoder.blocks[0].attn.num_heads == 0
+    assert mae.decoder.width // mae.decoder.blocks[0].attn.num_heads >= 32
+    mae(batch())["loss"].backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_decoder_has_the_models_precision(dtype):
+    mae = MAE(NormalizedModel(model(), [0.5] * 3, [0.25] * 3).to(dtype))
+    assert {p.dtype for p in mae.parameters()} == {dtype}
+    out = mae({"images": batch()["images"].to(dtype)})
+    assert out["output"].dtype == dtype and out["loss"].isfinite()
+    out["loss"].backward()
+    assert all(p.grad.isfinite().all() for p in mae.decoder.parameters())
+
+
+@pytest.mark.parametrize("size", [(8, 8), (20, 24)])
+def test_images_of_another_size(size):
+    mae = MAE(model(dynamic_img_size=True)).eval()
+    images = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0))
+    n = size[0] // 4 * (size[1] // 4)
+    out = mae({"images": images})
+    assert out["output"].shape == (2, n, 48) and out["mask"].sum(1).tolist() == [n - num_visible(n, 0.75)] * 2
+    out["loss"].backward()
+    # positions of the other grid, not those of the first cells of the usual one
+    blank = mae.decoder
+    blank.blocks, blank.norm, blank.pixels = (torch.nn.Identity() for _ in range(3))
+    visible = torch.arange(n).expand(1, -1)
+    x = torch.zeros(1, 1 + n, 64)
+    found = blank(x, visible, 1, (size[0] // 4, size[1] // 4)) - blank.project(x[:, 1:])
+    torch.testing.assert_close(found[0], sincos_2d((size[0] // 4, size[1] // 4), blank.width))
+
+
+def test_what_cannot_be_masked_says_so():
+    from vitkit.compress.merge.tome import tome
+
+    merging, _ = tome(model(), r=1)
+    with pytest.raises(ValueError, match="pretrain first, merge afterwards"):
+        MAE(merging)(batch())
+    with pytest.raises(ValueError, match="patch_drop_rate"):
+        MAE(model(patch_drop_rate=0.3)).train()(batch())

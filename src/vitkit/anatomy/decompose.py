@@ -54,7 +54,8 @@ def decompose_residual(model: nn.Module, images: Tensor) -> Decomposition:
         model: a host or a wrapper around one; standard attention without output norm or gate, skips on.
         images: (B, C, H, W).
 
-    Raises: ValueError when a block has another mixer, an output norm or gate, a missing skip, or merges tokens.
+    Raises: ValueError when a block has another mixer, an output norm or gate, a missing skip, or merges tokens, or
+        when the parts do not add up to the stream (a projection that rounds its inputs, an adapter beside it).
     """
     vit = host(model)
     for i, block in enumerate(vit.blocks):
@@ -78,4 +79,12 @@ def decompose_residual(model: nn.Module, images: Tensor) -> Decomposition:
             per_head = per_head + block.attn.proj.bias / z.shape[2]
         units += [block.ls1(per_head), trace[f"blocks.{i}.mlp.out"].unsqueeze(2)]
         names += [*(f"blocks.{i}.head.{h}" for h in range(z.shape[2])), f"blocks.{i}.mlp"]
-    return Decomposition(torch.cat(units, dim=2), tuple(names), trace[f"blocks.{len(vit.blocks) - 1}.resid_post"])
+    stream, parts = trace[f"blocks.{len(vit.blocks) - 1}.resid_post"], torch.cat(units, dim=2)
+    gap = float((parts.sum(2) - stream).abs().max() / stream.abs().max().clamp(min=torch.finfo(stream.dtype).tiny))
+    # half precision rounds the stream after every block
+    if not gap <= (1e-3 if stream.dtype in (torch.float32, torch.float64) else 0.1):
+        raise ValueError(
+            f"The parts miss the residual stream by {gap:.1%} of its largest entry, so a block does more than its "
+            "attention's heads and its MLP write: take out quantized projections, adapters and mixers of your own."
+        )
+    return Decomposition(parts, tuple(names), stream)

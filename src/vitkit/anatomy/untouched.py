@@ -34,6 +34,8 @@ def untouched(model: nn.Module, params_grad: bool = False) -> Iterator[nn.Module
     taps = [(m, m.taps) for m in modules if isinstance(getattr(m, "taps", None), tuple)]
     params = [(p, p.requires_grad, p.grad, p._version) for p in model.parameters()]
     buffers = [(b, b.clone()) for b in model.buffers()]
+    # a module may also put a new tensor in a buffer's place
+    places = [(m, dict(m._buffers)) for m in modules]
     cpu_state = torch.get_rng_state()
     cuda_state = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
     model.eval()
@@ -58,6 +60,8 @@ def untouched(model: nn.Module, params_grad: bool = False) -> Iterator[nn.Module
         for p, requires_grad, grad, _ in params:
             p.requires_grad_(requires_grad)
             p.grad = grad
+        for m, held in places:
+            m._buffers.update(held)
         with torch.no_grad():
             for buffer, old_buffer in buffers:
                 if not torch.equal(buffer, old_buffer):

@@ -18,7 +18,8 @@ from vitkit.anatomy import find_host, linear_groups, linear_inputs, role_of
 from vitkit.errors import BadInput
 from vitkit.models.layout import TokenLayout
 
-Images = Tensor | Iterable[Tensor]
+# a tensor of images, or batches of them as loaders give them (see images_of)
+Images = Tensor | Iterable[Any]
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class BlockWalker:
     Args:
         reference: the network as it was; not changed. Eval mode.
         compressed: a copy of it, with the same names (replaced layers may have children of their own). Eval mode.
-        images: (N, C, H, W) or several such tensors.
+        images: (N, C, H, W) or batches of them (see :func:`images_of`); those of an iterator are kept in memory.
         batch_size: images pushed through at once.
         store: device of the waiting activations; None keeps them where the network is.
         keep: layers to visit, by name and module; None visits all plain ``nn.Linear`` except the classifier.
@@ -96,7 +97,9 @@ class BlockWalker:
         if batch_size < 1:
             raise BadInput(f"batch_size={batch_size} must be at least 1.")
         self.reference, self.compressed = reference, compressed
-        self.images, self.batch_size, self.store = images, batch_size, store
+        # a network without a host is run once for every layer, and an iterator gives its images only once
+        self.images = list(images) if isinstance(images, Iterator) else images
+        self.batch_size, self.store = batch_size, store
         self.sequential = sequential
         self._current = 0
         self.keep = keep if keep is not None else default_layers(reference)
@@ -232,14 +235,28 @@ class BlockWalker:
         parameter = next(self.reference.parameters())
         empty = True
         for part in [self.images] if isinstance(self.images, Tensor) else self.images:
-            if part.ndim != 4:
-                raise BadInput(f"calibration images have shape {tuple(part.shape)}; they must be (N, C, H, W).")
-            for batch in part.split(self.batch_size):
+            for batch in images_of(part).split(self.batch_size):
                 if len(batch):
                     empty = False
                     yield batch.to(parameter.device, parameter.dtype)
         if empty:
             raise BadInput("no calibration images were given.")
+
+
+def images_of(batch: Any) -> Tensor:
+    """The images of a calibration batch: the batch itself, the first of a tuple or list, or what a dict calls "images".
+
+    Raises: BadInput if they are no float tensor (N, C, H, W).
+    """
+    found = batch.get("images") if isinstance(batch, dict) else batch[0] if isinstance(batch, (tuple, list)) else batch
+    if not isinstance(found, Tensor) or found.ndim != 4:
+        raise BadInput(
+            f"A calibration batch must be images (N, C, H, W), a tuple that begins with them or a dict with 'images'; "
+            f"got {type(found).__name__}{tuple(getattr(found, 'shape', ()))}."
+        )
+    if not found.is_floating_point():
+        raise BadInput(f"Calibration images are {found.dtype}; give floats in the model's own range, usually [0, 1].")
+    return found
 
 
 def default_layers(model: nn.Module) -> Callable[[str, nn.Module], bool]:
@@ -251,11 +268,13 @@ def default_layers(model: nn.Module) -> Callable[[str, nn.Module], bool]:
     host = find_host(model)
     inside = {id(m) for m in (host.blocks if host is not None else model).modules()}
     classifier = {id(m) for m in _classifier_modules(model)}
+    # only a network that does not say which layer classifies has to be judged by names
+    by_name = host is None and not classifier
 
     def keep(name: str, module: nn.Module) -> bool:
         if type(module) is not nn.Linear or id(module) not in inside or id(module) in classifier:
             return False
-        return host is not None or role_of(name) != "head"
+        return not (by_name and role_of(name) == "head")
 
     return keep
 

@@ -288,7 +288,8 @@ def model_randomisation(
 
     Args:
         explain: an explainer ``f(model, images, target) -> Explanation``.
-        model: a plain ViT or a wrapper around one; any other network is randomised by its top-level children.
+        model: a plain ViT or a wrapper around one; any other network is randomised by its top-level children, without
+            the one that holds its classifier (where the network says which that is).
         images: (B, C, H, W).
         targets: (B,); None is the class the intact model predicts.
         seed: of the new parameters.
@@ -306,7 +307,7 @@ def model_randomisation(
     if vit is not None:
         layers = [(f"blocks.{i}", block) for i, block in enumerate(vit.blocks)]
     else:
-        layers = [(name, m) for name, m in copied.named_children() if next(m.parameters(), None) is not None]
+        layers = _children(copied)
     table = {}
     for name, layer in reversed(layers):
         with torch.no_grad():
@@ -316,6 +317,21 @@ def model_randomisation(
                     p.copy_(p.float().mean() + p.float().std() * noise.to(p.device))
         table[name] = spearman(clean.map, explain(copied, images, clean.target).map)
     return table
+
+
+def _children(network: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The parts that data passes through one after another, below any wrapper and without the classifier."""
+    prefix = ""
+    while isinstance(network, NormalizedModel):
+        network, prefix = network.model, f"{prefix}model."
+    get = getattr(network, "get_classifier", None)
+    found = get() if callable(get) else None
+    heads = {id(h) for h in (found if isinstance(found, tuple) else (found,)) if h is not None}
+    return [
+        (prefix + name, child)
+        for name, child in network.named_children()
+        if next(child.parameters(), None) is not None and not any(id(m) in heads for m in child.modules())
+    ]
 
 
 def spearman(a: Tensor, b: Tensor) -> Tensor:

@@ -429,7 +429,7 @@ class ViT(VisionTransformer):
         patches = x[:, layout.num_prefix :]
         logits = patches.new_zeros(patches.shape[:2]) if layout.sizes is None else layout.sizes.clamp(min=1e-6).log()
         if layout.valid is not None:
-            logits = logits.masked_fill(~layout.valid, torch.finfo(x.dtype).min)
+            logits = logits.to(x.dtype).masked_fill(~layout.valid, torch.finfo(x.dtype).min)
         logits = F.pad(logits.to(x.dtype), (layout.num_prefix - skip, 0))
         return self.attn_pool(x[:, skip:], attn_mask=logits[:, None, None, :])
 

@@ -46,7 +46,7 @@ def scale_percentiles(images: Tensor, low: float = 0.01, high: float = 0.99) -> 
     flat = images.flatten(1).float()
     edges = torch.quantile(flat, torch.tensor([low, high], device=images.device), dim=1)
     bottom, top = (e[:, None, None, None] for e in edges)
-    return ((images - bottom) / (top - bottom).clamp(min=1e-6)).clamp(0, 1) * (top > bottom)
+    return (((images - bottom) / (top - bottom).clamp(min=1e-6)).clamp(0, 1) * (top > bottom)).to(images.dtype)
 
 
 def prepare_scan(images: Tensor) -> Tensor:
@@ -63,8 +63,9 @@ def otsu(images: Tensor, bins: int = 64) -> Tensor:
         1, index, torch.ones_like(index, dtype=torch.float32)
     )
     share = counts / counts.sum(1, keepdim=True)
-    level = torch.arange(bins, device=images.device) / (bins - 1)
+    level = torch.arange(bins, device=images.device, dtype=torch.float32) / (bins - 1)
     below, mean_below = share.cumsum(1), (share * level).cumsum(1)
     mean = mean_below[:, -1:]
     between = (mean * below - mean_below).square() / (below * (1 - below)).clamp(min=1e-9)
-    return level[between[:, :-1].argmax(1) + 1]
+    # a pixel belongs to the nearest level, so the classes part half-way between two of them
+    return (between[:, :-1].argmax(1) + 0.5) / (bins - 1)

@@ -24,15 +24,19 @@ class MAE(nn.Module):
         mask_ratio: ρ, share of hidden patches. Default 0.75.
         decoder_dim: width of the decoder; None: 512, or twice the encoder's when that is less.
         decoder_depth: its blocks; None: 8, or half the encoder's (at least 2) for small encoders.
-        decoder_heads: its heads; None: one per 32 channels.
+        decoder_heads: its heads; None: about one per 32 channels, so many that they divide the width.
         norm_pix: targets are patches with their own mean and (unbiased) variance removed: (x − μ)/√(σ² + 1e-6).
         positions: "sincos" writes fixed sine–cosine codes into the host's position table and holds them still while
-            pretraining; "host" leaves the table as it is, learned.
+            pretraining, which throws away the table of a pretrained model; "host" leaves the table as it is, learned.
 
     Shape: batch ``{"images": (B, C, H, W) in [0, 1]}`` → ``{"loss", "output": (B, N, p²C), "mask": (B, N), "logs"}``.
 
-    Raises: TypeError when the model holds no plain ViT; ValueError for a ratio outside [0, 1) or a tokenizer that does
-        not give one token per patch of the grid.
+    The decoder is made on the model's device and in its dtype. Images of another size than the model's own are taken if
+    the model takes them.
+
+    Raises: TypeError when the model holds no plain ViT; ValueError for a ratio outside [0, 1), a tokenizer that does
+        not give one token per patch of the grid, blocks that merge or drop tokens, or patches that do not divide the
+        images.
 
     Paper: He et al., Masked Autoencoders Are Scalable Vision Learners, arXiv:2111.06377.
 
@@ -62,12 +66,13 @@ class MAE(nn.Module):
         self.patch_size = (int(embed.patch_size[0]), int(embed.patch_size[1]))
         grid = (int(embed.grid_size[0]), int(embed.grid_size[1]))
         width = decoder_dim if decoder_dim is not None else min(512, 2 * vit.embed_dim // 4 * 4)
-        heads = decoder_heads if decoder_heads is not None else max(1, width // 32)
+        heads = decoder_heads if decoder_heads is not None else _num_heads(width)
         depth = decoder_depth if decoder_depth is not None else min(8, max(2, len(vit.blocks) // 2))
         if width % heads or width % 4:
             raise ValueError(f"decoder_dim={width} must be a multiple of 4 and of decoder_heads={heads}.")
         pixels = self.patch_size[0] * self.patch_size[1] * vit.in_chans
-        self.decoder = TokenDecoder(vit.embed_dim, width, depth, heads, pixels, grid)
+        like = next(vit.parameters())
+        self.decoder = TokenDecoder(vit.embed_dim, width, depth, heads, pixels, grid).to(like.device, like.dtype)
         self.fixed_positions = positions == "sincos" and vit.pos_embed is not None
         if self.fixed_positions:
             _write_sincos(vit, grid)
@@ -95,7 +100,8 @@ class MAE(nn.Module):
         if not layout.is_full_grid or x.shape[1] != layout.num_prefix + num_patches:
             raise ValueError(
                 f"Masked autoencoding needs one token per patch of the {layout.grid} grid, but "
-                f"{type(vit.patch_embed).__name__} gives {x.shape[1] - layout.num_prefix}; use another tokenizer."
+                f"{type(vit.patch_embed).__name__} gives {x.shape[1] - layout.num_prefix}; use another tokenizer, and "
+                "no patch dropout (patch_drop_rate)."
             )
         if visible is None:
             visible, mask = random_mask(x.shape[0], num_patches, self.mask_ratio, x.device)
@@ -107,7 +113,12 @@ class MAE(nn.Module):
             # hidden patches are absent, not merged: the visible ones still stand for one patch each
             layout = layout.take(visible).replace(sizes=None)
         x, layout = vit.run(torch.cat([prefix, kept], dim=1), layout)
-        return self.decoder(vit.norm(x), visible, layout.num_prefix), mask
+        if x.shape[1] - layout.num_prefix != visible.shape[1]:
+            raise ValueError(
+                f"{visible.shape[1]} visible patches went in and {x.shape[1] - layout.num_prefix} came out: blocks "
+                "that merge or drop tokens cannot be pretrained by masking; pretrain first, merge afterwards."
+            )
+        return self.decoder(vit.norm(x), visible, layout.num_prefix, (layout.grid[-2], layout.grid[-1])), mask
 
     def target(self, images: Tensor) -> Tensor:
         """(B, N, p²C) what the prediction is compared with."""
@@ -128,6 +139,11 @@ class MAE(nn.Module):
             assert table is not None
             table.requires_grad_(True)
         return self.model
+
+
+def _num_heads(width: int) -> int:
+    """The most heads of at least 32 channels that divide the width; 1 if there are none."""
+    return max((h for h in range(1, width // 32 + 1) if width % h == 0), default=1)
 
 
 def _write_sincos(vit: ViT, grid: tuple[int, int]) -> None:

@@ -18,6 +18,7 @@ PREFIXES = {
     "mean pool": {"class_token": False, "global_pool": "avg"},
     "class": {},
     "registers": {"reg_tokens": 4},
+    "attention pool": {"class_token": False, "global_pool": "map"},
 }
 
 

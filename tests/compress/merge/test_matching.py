@@ -199,3 +199,50 @@ def test_impossible_plans_say_what_is_possible():
     with pytest.raises(BadInput, match="ratio=1"):
         target_of(64, 4, None, 1.0)
     assert target_of(64, 1, None, None) == 32
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("prefix", [0, 1, 5])
+def test_the_layout_is_what_regrouping_gives(padded, prefix):
+    """Sizes, centres and source by the layout's own rule, after two merges and with a patch that was dropped."""
+    n, generator = 11, torch.Generator().manual_seed(prefix)
+    x = torch.randn(3, prefix + n, 4, generator=generator)
+    layout = TokenLayout(grid=(2, 6), prefix=(("class", prefix),)).take(torch.arange(n).expand(3, -1))
+    if padded:
+        valid = torch.ones(3, n, dtype=torch.bool)
+        valid[1, 8:] = False
+        layout = layout.replace(valid=valid)
+    for known in (True, False):
+        first, rows = prefix % 2, x.shape[1] - prefix
+        score, partner = bipartite_match(x[:, prefix:], layout.valid, first)
+        merged = best_edges(score, 2) if known else (score > 0)
+        merged = merged & score.isfinite()
+        old = layout
+        x, layout = merge_rows(x, layout, merged, partner, first, rows - 2 if known else None)
+        # where each old row went, read off the source maps of patches that are still there
+        assign = torch.full((3, rows), -1)
+        for image in range(3):
+            for patch in range(12):
+                at = int(old.source[image, patch])
+                if at >= 0:
+                    assign[image, at] = layout.source[image, patch]
+        expected = old.replace(valid=None).regroup(assign, x.shape[1] - prefix)
+        torch.testing.assert_close(layout.coords, expected.coords)
+        for name in ("sizes", "source"):
+            assert torch.equal(getattr(layout, name), getattr(expected, name))
+            assert getattr(layout, name).dtype == getattr(expected, name).dtype
+        assert (layout.source[:, 11] == -1).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gradients_pass_through_the_means_and_not_through_sizes(dtype):
+    x = torch.randn(2, 1 + 6, 3, dtype=dtype, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    layout = TokenLayout(grid=(2, 3), prefix=(("class", 1),))
+    score, partner = bipartite_match(x[:, 1:].detach(), None, 1)
+    out, after = merge_rows(x, layout, best_edges(score, 2), partner, 1, 4)
+    assert not after.sizes.requires_grad and not after.coords.requires_grad
+    assert after.sizes.dtype == after.coords.dtype == torch.float32
+    out.sum().backward()
+    share = 1 / after.unmerge(after.sizes)
+    torch.testing.assert_close(x.grad[:, 1:], share.to(dtype).unsqueeze(-1).expand(-1, -1, 3))
+    assert torch.equal(x.grad[:, 0], torch.ones(2, 3, dtype=dtype))

@@ -20,6 +20,7 @@ PREFIXES = {
     "class": {},
     "registers": {"reg_tokens": 4},
     "registers, mean pool": {"reg_tokens": 4, "global_pool": "avg"},
+    "attention pool": {"class_token": False, "global_pool": "map"},
 }
 
 
@@ -80,6 +81,16 @@ def naive_tome(vit: ViT, image: torch.Tensor, r: int) -> torch.Tensor:
     if vit.global_pool == "avg":
         weight = torch.tensor(sizes[protected:])[:, None]
         pooled = vit.fc_norm((x[protected:] * weight).sum(0) / weight.sum())
+    elif vit.global_pool == "map":
+        pool = vit.attn_pool
+        q = pool.q(pool.latent[0, 0]).view(pool.num_heads, -1)
+        k, v = pool.kv(x).view(len(x), 2, pool.num_heads, -1).unbind(1)
+        heads = []
+        for h in range(pool.num_heads):
+            logits = k[:, h] @ q[h] / q.shape[-1] ** 0.5 + torch.tensor(sizes).log()
+            heads.append(logits.softmax(0) @ v[:, h])
+        pooled = pool.proj(torch.cat(heads))
+        pooled = vit.fc_norm(pooled + pool.mlp(pool.norm(pooled)))
     else:
         pooled = x[0]
     return vit.head(pooled)
@@ -283,7 +294,7 @@ def test_refusals():
         tome(vit, ratio=1.5)
     with pytest.raises(BadInput, match="already reduces"):
         tome(tome(vit, r=2)[0], r=2)
-    with pytest.raises(TypeError, match="plain vision transformer"):
+    with pytest.raises(TypeError, match="vision transformer"):
         tome(timm.create_model("resnet10t"), r=2)
     other = make()
     other.blocks[1].attn = torch.nn.Identity()

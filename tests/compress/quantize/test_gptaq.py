@@ -146,10 +146,13 @@ def test_statistics_are_gathered_with_the_inputs_rounded():
 def test_batches_and_lists_of_images_make_no_difference():
     model = _vit().eval()
     images = _images()
-    runs = [gptaq(model, x, w_bits=3, batch_size=b)[0] for x, b in ((images, 4), (list(images.split(5)), 32))]
-    a, b = (m.model.blocks[0].attn.qkv.codes for m in runs)
-    # float32 sums differ in their last bits; a code may tip at a tie
-    assert float((a != b).float().mean()) < 0.01
+    parts = images.split(5)
+    given = [(images, 4), (list(parts), 32), ([(x, torch.zeros(len(x))) for x in parts], 32)]
+    given.append(([{"images": x, "labels": torch.zeros(len(x))} for x in parts], 32))
+    first, *others = (gptaq(model, x, w_bits=3, batch_size=b)[0].model.blocks[0].attn.qkv.codes for x, b in given)
+    for codes in others:
+        # float32 sums differ in their last bits; a code may tip at a tie
+        assert float((codes != first).float().mean()) < 0.01
 
 
 @pytest.mark.parametrize("mode", ["gptaq", "shift"])
@@ -268,6 +271,15 @@ def test_networks_that_are_no_plain_vit(name, transform):
     assert torch.equal(again(images), new(images))
 
 
+def test_a_convolutional_network_says_that_nothing_can_be_quantized():
+    from timm.models.resnet import BasicBlock, ResNet
+
+    model = ResNet(BasicBlock, (1, 1, 1, 1), num_classes=3, in_chans=1, channels=(8, 8, 8, 8))
+    for transform in (rtn, gptq, gptaq):
+        with pytest.raises(BadInput, match="no plain linear layer.*besides its classifier, and convolutions"):
+            transform(model, torch.rand(2, 1, 32, 32))
+
+
 def test_layers_that_are_never_called_are_named_not_dropped():
     model = _vit().eval()
     model.model.blocks[0].spare = nn.Linear(16, 16)
@@ -308,6 +320,8 @@ def test_misuse_says_what_is_allowed(options, message):
         gptaq(_vit(), _images(), **options)
     with pytest.raises(BadInput, match="no plain linear layer"):
         rtn(nn.Conv2d(1, 1, 1))
+    with pytest.raises(BadInput, match="quantized already"):
+        gptaq(gptaq(_vit(), _images())[0], _images())
     with pytest.raises(BadInput, match=r"blocks\.0\.attn\.qkv.*instead of a Linear"):
         new, _ = rtn(_vit(wrapped=False))
         restore_rtn(copy.deepcopy(new), new.applied[0]["options"])

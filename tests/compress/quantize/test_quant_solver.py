@@ -359,3 +359,14 @@ def test_misuse_says_what_is_allowed(change, message):
     gram, cross = _statistics(x, x_full)
     with pytest.raises(BadInput, match=message):
         solve(**{"weight": weight, "gram": gram, "cross": cross, "grid": GRIDS["channel"], **change})
+
+
+def test_shift_is_the_least_squares_answer_also_where_an_input_died():
+    """An input that activation rounding sets to zero in X still carries the original network's output in X̃."""
+    weight, x, x_full = _layer(7)
+    x[5] = 0
+    h, d = _statistics(x, x_full)
+    target = shifted_target(weight, h, d, 0.0)
+    best = torch.linalg.lstsq(x.T, (weight @ x_full).T, driver="gelsd").solution.T
+    assert _loss(target, weight, x, x_full) == pytest.approx(_loss(best, weight, x, x_full), rel=1e-9)
+    assert not target[:, 5].any()

@@ -198,3 +198,36 @@ def test_similarity_works_on_small_images():
         torch.testing.assert_close(similarity(x, x), torch.ones(2))
         assert (similarity(1 - x, x) < 0.9).all()
     assert similarity(torch.rand(2, 1, 2, 2), torch.rand(2, 1, 2, 2)).isnan().all()
+
+
+def _foreign(name: str) -> tuple[nn.Module, torch.Tensor]:
+    """A tiny network of timm that is no plain ViT, in training mode, and images for it."""
+    from timm.models.convnext import ConvNeXt
+    from timm.models.resnet import BasicBlock, ResNet
+    from timm.models.swin_transformer import SwinTransformer
+
+    torch.manual_seed(0)
+    if name == "swin":
+        net: nn.Module = SwinTransformer(
+            img_size=16, patch_size=2, window_size=4, in_chans=2, num_classes=4, embed_dim=8, depths=(1, 1),
+            num_heads=(2, 2),
+        )  # fmt: skip
+    elif name == "convnext":
+        net = ConvNeXt(in_chans=2, num_classes=4, depths=(1, 1, 1, 1), dims=(8, 8, 8, 8), patch_size=2)
+    else:
+        net = ResNet(BasicBlock, (1, 1, 1, 1), num_classes=4, in_chans=2, channels=(8, 8, 8, 8))
+    nn.init.normal_(net.get_classifier().weight)
+    side = 16 if name == "swin" else 32
+    return NormalizedModel(net, [0.5] * 2, [0.25] * 2), torch.rand(3, 2, side, side)
+
+
+@every
+@pytest.mark.parametrize("name", ["swin", "convnext", "resnet"])
+def test_networks_that_are_no_vit_are_attacked_and_left_as_found(attack, name):
+    model, x = _foreign(name)
+    before = copy.deepcopy(model.state_dict())
+    result = attack(model, x, torch.tensor([0, 1, 2]))
+    assert result.x_adv.isfinite().all() and result.x_adv.shape == x.shape
+    assert model.training and all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    with torch.no_grad():
+        assert torch.equal(model.eval()(result.x_adv).argmax(1), result.log["predicted"])

@@ -281,3 +281,60 @@ def test_friendly_sam_without_mean_is_sam():
     _train(b, FriendlySAM(b.parameters(), lr=0.05, rho=0.1, sigma=0.0))
     for p, q in zip(a.parameters(), b.parameters()):
         torch.testing.assert_close(p, q)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_gradients_accumulated_over_parts_of_a_batch_are_those_of_the_whole(rule):
+    """Both gradients, the one that gives ε and the one of the step, are sums over the parts."""
+    whole, parts = _net().double(), _net().double()
+    x, y = torch.randn(12, 6, dtype=torch.float64), torch.arange(12) % 3
+    for model, pieces in ((whole, [slice(0, 12)]), (parts, [slice(0, 4), slice(4, 12)])):
+        opt = rule(model.parameters(), lr=0.05, rho=0.2)
+
+        def closure(model=model, pieces=pieces, opt=opt):
+            opt.zero_grad()
+            total = 0.0
+            for rows in pieces:
+                loss = nn.functional.cross_entropy(model(x[rows]), y[rows], reduction="sum") / 12
+                loss.backward()
+                total += loss.detach()
+            return total
+
+        for _ in range(3):
+            opt.step(closure)
+    for p, q in zip(whole.parameters(), parts.parameters()):
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("name", ["swin", "convnext", "resnet"])
+def test_networks_of_timm_train(rule, name):
+    from timm.models.convnext import ConvNeXt
+    from timm.models.resnet import BasicBlock, ResNet
+    from timm.models.swin_transformer import SwinTransformer
+
+    torch.manual_seed(0)
+    if name == "swin":
+        model: nn.Module = SwinTransformer(
+            img_size=16, patch_size=2, window_size=4, in_chans=1, num_classes=3, embed_dim=8, depths=(1, 1),
+            num_heads=(2, 2),
+        )  # fmt: skip
+    elif name == "convnext":
+        model = ConvNeXt(in_chans=1, num_classes=3, depths=(1, 1, 1, 1), dims=(8, 8, 8, 8), patch_size=2)
+    else:
+        model = ResNet(BasicBlock, (1, 1, 1, 1), num_classes=3, in_chans=1, channels=(8, 8, 8, 8))
+    images = torch.rand(6, 1, *((16, 16) if name == "swin" else (32, 32)))
+    opt = rule(model.parameters(), lr=3e-3, rho=0.02, model=model)
+    losses = []
+
+    def closure():
+        opt.zero_grad()
+        loss = nn.functional.cross_entropy(model(images), torch.arange(6) % 3)
+        loss.backward()
+        return loss
+
+    for _ in range(8):
+        losses.append(float(opt.step(closure).detach()))
+    assert losses[-1] < losses[0]
+    counts = [int(b) for n, b in model.named_buffers() if n.endswith("num_batches_tracked")]
+    assert set(counts) <= {8}

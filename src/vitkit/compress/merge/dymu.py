@@ -27,6 +27,7 @@ from vitkit.compress.merge.matching import (
     without_size_bias,
 )
 from vitkit.compress.merge.tome import count_patches, on_device, try_once
+from vitkit.compress.walker import images_of
 from vitkit.errors import BadInput
 from vitkit.models.layout import TokenLayout
 from vitkit.models.swap import Where
@@ -382,26 +383,16 @@ def count_tokens(model: nn.Module, images: Tensor, batch_size: int = 64) -> Tens
 def _batches(images: Tensor | Iterable[Any], batch_size: int) -> tuple[Iterator[Tensor], int]:
     if isinstance(images, Tensor):
         # equal parts: a small last batch would weigh as much in the mean as the others
-        parts = images.tensor_split(max(1, round(len(images) / batch_size))) if len(images) else ()
+        parts = images_of(images).tensor_split(max(1, round(len(images) / batch_size))) if len(images) else ()
         return iter(parts), len(parts)
     total = len(images) if isinstance(images, Sized) else 0
-    return (_images_of(batch) for batch in images), total
-
-
-def _images_of(batch: Any) -> Tensor:
-    found = batch["images"] if isinstance(batch, dict) else batch[0] if isinstance(batch, (tuple, list)) else batch
-    if not isinstance(found, Tensor) or found.ndim != 4:
-        raise BadInput(
-            f"A calibration batch must be images (B, C, H, W), a tuple that begins with them or a dict with 'images'; "
-            f"got {type(found).__name__}{tuple(getattr(found, 'shape', ()))}."
-        )
-    return found
+    return (images_of(batch) for batch in images), total
 
 
 def _remember(batches: Iterable[Any], kept: list[Tensor], at_most: int = 256) -> Iterator[Tensor]:
     """Pass batches on, keeping the first images for a measurement after the pass."""
     for batch in batches:
-        found = _images_of(batch)
+        found = images_of(batch)
         if sum(len(k) for k in kept) < at_most:
             kept.append(found)
         yield found

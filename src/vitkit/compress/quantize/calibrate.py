@@ -118,7 +118,8 @@ def quantize_layers(
 
     Args:
         model: any network; not changed.
-        images: (N, C, H, W) or several such tensors in [0, 1], without labels; None only without a solver.
+        images: (N, C, H, W) in [0, 1] or batches of them (see :func:`~vitkit.compress.walker.images_of`); labels are
+            not read; None only without a solver.
         name: of the method, for records and progress.
         precision: bits and grid.
         solver: ``(W, statistics, grid) -> Solution``; None rounds to nearest.
@@ -361,7 +362,13 @@ def _quantize_input(act: TokenQuantizer, _: nn.Module, args: tuple[Any, ...]) ->
 
 def _check_layers(model: nn.Module, linears: dict[str, nn.Linear], precision: Precision) -> None:
     if not linears:
-        raise BadInput(f"{type(model).__name__} has no plain linear layer to quantize.")
+        done = any(isinstance(m, (QuantLinear, ActLinear)) for m in model.modules())
+        why = (
+            "its linear layers are quantized already; start from the full-precision model."
+            if done
+            else "it has none besides its classifier, and convolutions, adapters and other subclasses are left alone."
+        )
+        raise BadInput(f"There is no plain linear layer to quantize in {type(model).__name__}: {why}")
     group = precision.group_size
     wrong = sorted({m.in_features for m in linears.values() if group != -1 and m.in_features % group})
     if wrong:

@@ -52,7 +52,7 @@ def gptaq(
     Args:
         model: any network with plain ``nn.Linear`` layers; not changed. A plain ViT is walked block by block, others
             layer by layer.
-        images: (N, C, H, W) in [0, 1], or several such tensors; no labels. 128 are usual.
+        images: (N, C, H, W) in [0, 1], or batches as a loader gives them (labels are not read). 128 are usual.
         w_bits: bits of the weights, 2 to 8. 16 rounds nothing: weights then only move to make up for quantized inputs.
         a_bits: bits of every such layer's input (per token, asymmetric, dynamic), on while statistics are gathered;
             None leaves inputs alone.

@@ -35,7 +35,7 @@ def rtn(
 
     Args:
         model: any network with plain ``nn.Linear`` layers (plain ViT, Swin, ConvNeXt with linear MLPs …); not changed.
-        images: (N, C, H, W) in [0, 1], or several such tensors: only to measure the layers' output errors.
+        images: (N, C, H, W) in [0, 1], or batches as a loader gives them: only to measure the layers' output errors.
         w_bits: bits of the weights, 2 to 8; 16 leaves them.
         a_bits: bits of every such layer's input (per token, asymmetric, dynamic); None leaves inputs alone.
         sym: symmetric grid instead of asymmetric.

@@ -127,9 +127,11 @@ def shifted_target(weight: Tensor, gram: Tensor, cross: Tensor, damp: float) -> 
     hessian, shift = prepare(gram, cross)
     assert shift is not None
     start = weight.to(gram.dtype).clone()
-    start[:, torch.diagonal(gram) == 0] = 0
     upper, _ = inverse_factor(hessian, damp)
-    return start + ((start @ shift) @ upper.T) @ upper
+    # an input that is always zero in X, but not in X̃, still adds to the target: its weight counts in the product
+    move = ((start @ shift) @ upper.T) @ upper
+    start[:, torch.diagonal(gram) == 0] = 0
+    return start + move
 
 
 def prepare(gram: Tensor, cross: Tensor | None) -> tuple[Tensor, Tensor | None]:

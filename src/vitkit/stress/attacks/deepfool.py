@@ -43,7 +43,9 @@ def deepfool(
     Paper: Moosavi-Dezfooli et al., DeepFool: a simple and accurate method to fool deep neural networks,
         arXiv:1511.04599, Algorithm 2.
     Departs from the paper: steps are 1e-4 longer than the linearised distance, as in the authors' code, so that an
-        image on a boundary moves; iterates are clamped to the pixel range unless told otherwise.
+        image on a boundary moves; iterates are clamped to the pixel range unless told otherwise, and pixels that a
+        step would push against their bound are then left out of its direction; only the strongest candidates are
+        tried.
     """
     del generator
     if not overshoot >= 0 or max_iter < 1 or num_candidates < 2:

@@ -28,7 +28,8 @@ class ASAM(PerturbedOptimizer):
 
     Raises: BadInput if ``rho`` or ``eta`` is negative.
     Paper: Kwon et al., ASAM, arXiv:2102.11600.
-    Departs from the paper: nothing.
+    Departs from the paper: the authors' program also scales the one-axis weights of normalisation layers, by their
+        name; here every tensor with one axis has T = 1.
     """
 
     def __init__(

@@ -22,7 +22,7 @@ class PerturbedOptimizer(torch.optim.Optimizer):
     """``w ← base(w, ∇L(w + ε))`` with ``ε`` from :meth:`perturbation`, the one method a rule must write.
 
     A step computes the gradient twice: at w, which gives ε, and at w+ε. The weights are put back bit by bit before
-    the base optimizer steps. Running statistics of BatchNorm see the first pass only. Where every ε is zero the
+    the base optimizer steps. Running statistics of BatchNorm see the first pass only. Where every ρ is zero the
     second pass is left out: the step is then the base optimizer's own.
 
     Args:
