@@ -170,6 +170,23 @@ def test_predict_names_the_file_that_cannot_be_read_and_goes_on(model, photo, tm
     assert rows["photo.png"]["label"] in ("cat", "dog")
     for name, word in reasons.items():
         assert word in rows[name]["error"]
+    assert f"{len(reasons)} of {len(reasons) + 1} files could not be read." in done.stderr
+    done = runner.invoke(shell.app, ["predict", str(model), str(folder), str(photo)])
+    assert done.exit_code == 0 and all(name in done.stdout for name in reasons)
+    assert f"{len(reasons)} of {len(reasons) + 1} files" in done.stderr
+
+
+@pytest.mark.parametrize("form", [(), ("--json",)])
+def test_predict_of_files_of_which_none_can_be_read(model, tmp_path, form):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    reasons = bad_files(folder)
+    done = runner.invoke(shell.app, ["predict", str(model), str(folder), *form])
+    first = sorted(reasons)[0]
+    says(done, f"None of the {len(reasons)} files could be read", first, reasons[first])
+    assert done.stdout == ""
+    text = paragraph(runner.invoke(shell.app, ["predict", str(model), str(folder / "text.png"), *form]))
+    assert "text.png" in text and "None of" not in text
 
 
 # -- folders ---------------------------------------------------------------------------------------------------------
@@ -246,7 +263,24 @@ ROWS = [f"{c}/{i}.png,{c}" for c in ("cat", "dog") for i in range(20)]
 
 def test_missing_labels_in_a_table(tmp_path):
     data = table(tmp_path, [*ROWS[:5], "cat/5.png,", *ROWS[6:]])
-    says(run_quick(tmp_path, data), "labels.csv", "line 7", "column label")
+    says(run_quick(tmp_path, data), "labels.csv", "line 7", "column label", "--unknown skip")
+
+
+def test_images_without_a_label_are_counted_and_said(tmp_path):
+    data = table(tmp_path, [f"{row.split(',')[0]},{-1 if i % 8 == 0 else i % 2}" for i, row in enumerate(ROWS)])
+    done = run_quick(tmp_path, data)
+    assert done.exit_code == 0, done.output
+    text = " ".join(done.stdout.split())
+    assert "5 of 40 images could not be used and were skipped (5 of them: its label is −1" in text
+    assert "--unknown class" in text
+    assert "5 of 40 images" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_several_devices_from_the_command_line(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("vitkit.study.run.run_study", lambda made, *_, **__: asked.append(made) or 1 / 0)
+    run_quick(tmp_path, arrays(tmp_path / "a.npz"), "--devices", "3", "--unknown", "skip")
+    assert (asked[0].protocol.devices, asked[0].data.unknown) == (3, "skip")
 
 
 def test_a_table_that_names_absent_files_skips_and_counts_them(tmp_path):
@@ -360,6 +394,7 @@ def test_a_study_file_that_is_a_folder_or_absent(tmp_path):
         (("--task", "sort"), ("task", "'sort'", "classify")),
         (("--on", "mars"), ("'mars'", "here")),
         (("--lr", "-1"), ("lr", "-1")),
+        (("--unknown", "maybe"), ("unknown", "'maybe'", "skip", "class")),
     ],
 )
 def test_a_wrong_value_of_a_flag(tmp_path, flags, words):
@@ -367,7 +402,7 @@ def test_a_wrong_value_of_a_flag(tmp_path, flags, words):
     assert not list((tmp_path / "out").glob("stages/train*"))
 
 
-@pytest.mark.parametrize("flags", [("--epocs", "3"), ("--epochs", "many"), ("--epochs", "0")])
+@pytest.mark.parametrize("flags", [("--epocs", "3"), ("--epochs", "many"), ("--epochs", "0"), ("--devices", "0")])
 def test_a_wrong_flag_is_a_usage_error(tmp_path, flags):
     done = run_quick(tmp_path, arrays(tmp_path / "a.npz"), *flags)
     assert done.exit_code == 2 and flags[0] in done.stderr and "Traceback" not in done.output
@@ -490,6 +525,8 @@ def test_a_checkpoint_of_another_shape(model, photo):
         ({"parts": [{"slot": "mixer"}]}, ("config.json", "part")),
         ({"applied": [{"name": "no-such"}]}, ("no-such", "upgrade vitkit")),
         ({"mean": 3}, ("config.json", "mean", "list")),
+        ({"value_range": [3]}, ("config.json", "value_range", "[3]", "two rising numbers")),
+        ({"value_range": [1, 0]}, ("config.json", "value_range", "two rising numbers")),
     ],
 )
 def test_a_config_that_was_edited(model, photo, changes, words):

@@ -107,9 +107,10 @@ def test_show_tells_usage_options_and_paper(catalogue, name):
         "vitkit study ./my-images --recipes vit,calendar",
         "required",
         "https://arxiv.org/abs/2601.00001",
-        "`vitkit evidence halver` runs the experiment",
+        "Evidence: none on file.",
     ):
         assert part in text, part
+    assert "vitkit evidence" not in text  # there is no experiment to run
 
 
 def test_show_of_a_part_names_the_slot(catalogue):
@@ -147,6 +148,29 @@ def test_show_prints_the_evidence_on_file(catalogue, tmp_path, monkeypatch):
     text = run("show", "halver").output
     for part in ("Half is enough.", "not shown", "0.5123", "yes", "–", "epochs=3", "0, 1", "12 s on abacus"):
         assert part in text, part
+
+
+def test_a_baseline_shows_the_evidence_it_is_compared_in():
+    text = run("show", "tome").output
+    assert "Evidence (compared in dymu)" in text and "Claim: Merging by learned thresholds" in text
+
+
+def test_the_commands_of_show_can_be_used_as_they_stand():
+    from vitkit.catalogue.describe import describe
+    from vitkit.catalogue.reader import methods
+    from vitkit.study.recipe import check_options, parse
+
+    for method in methods().values():
+        for line in describe(method).study:
+            recipes = line.rpartition(" ")[2].split(",")
+            assert recipes[0] == "vit"
+            recipe = parse(recipes[1])
+            check_options(recipe)
+            uses = [*recipe.parts, *recipe.objectives, *recipe.transforms, *recipe.probes, recipe.optimizer]
+            for use in filter(None, uses):
+                for option in describe(method).options:
+                    value = use.options.get(option.name)
+                    assert value is None or repr(value) == option.default, (line, value)
 
 
 def test_a_damaged_evidence_file_is_named(catalogue, tmp_path, monkeypatch):

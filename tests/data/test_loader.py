@@ -220,18 +220,51 @@ def test_a_file_that_vanishes_is_named_without_a_traceback(tmp_path, workers):
     assert "Traceback" not in str(caught.value)
 
 
-def test_shards_share_a_batch(photos):
-    whole = make_loader(photos, np.arange(24), **{**FILES, "batch_size": 10}, augment="light")
-    parts = [make_loader(photos, np.arange(24), **FILES, augment="light") for _ in range(2)]
-    for rank, part in enumerate(parts):
-        part.shard(rank, 2)
+@pytest.mark.parametrize("options", [{"cache_mb": 512}, {"cache_mb": 0, "workers": 0}, {"cache_mb": 0, "workers": 1}])
+@pytest.mark.parametrize("world", [2, 5])
+def test_shards_make_up_the_batches_of_one(photos, world, options):
+    """24 = 10 + 10 + 4: with five processes the last batch leaves one without an image."""
+    options = {**FILES, **options, "batch_size": 10, "augment": "strong", "train": True}
+    whole = batches(make_loader(photos, np.arange(24), **options))
+    pieces = []
+    for rank in range(world):
+        part = make_loader(photos, np.arange(24), **options)
+        part.shard(rank, world)
         assert len(part) == len(whole) == 3
-    for together, *pieces in zip(whole, *parts):
-        merged = torch.stack([p["indices"] for p in pieces], 1).flatten()
-        assert merged[: len(together["indices"])].tolist() == together["indices"].tolist()
-        assert len({len(p["indices"]) for p in pieces}) == 1
+        pieces.append(batches(part))
+    assert [len(p[2]["images"]) for p in pieces] == ([2, 2] if world == 2 else [0, 1, 1, 1, 1])
+    for step, together in enumerate(whole):
+        for name in ("images", "labels", "indices", "weights"):
+            torch.testing.assert_close(torch.cat([p[step][name] for p in pieces]), together[name], atol=0, rtol=0)
+
+
+def test_a_share_with_the_image_ahead_of_it(photos):
+    options = {**FILES, "batch_size": 10, "augment": "light"}
+    whole = [b["indices"].tolist() for b in make_loader(photos, np.arange(24), **options)]
+    part = make_loader(photos, np.arange(24), **options)
+    part.shard(1, 2, before=1)
+    assert [b["indices"].tolist() for b in part] == [w[len(w) // 2 - 1 :] for w in whole]
+    part.shard(0, 2, before=1)
+    assert [b["indices"].tolist() for b in part] == [[w[-1], *w[: len(w) // 2]] for w in whole]
+    part.shard(0, 1)
+    assert [b["indices"].tolist() for b in part] == whole
     with pytest.raises(BadInput, match="rank"):
-        parts[0].shard(2, 2)
+        part.shard(2, 2)
+
+
+@pytest.mark.parametrize("cache_mb", [0, 512])
+def test_a_share_decodes_its_own_images_only(tmp_path, cache_mb, monkeypatch):
+    for i in range(8):
+        (tmp_path / "ab"[i % 2]).mkdir(exist_ok=True)
+        Image.new("RGB", (9, 9), (i, 0, 0)).save(tmp_path / "ab"[i % 2] / f"{i}.png")
+    source = open_source(tmp_path)
+    loader = make_loader(source, np.arange(8), (9, 9), 3, batch_size=4, workers=0, cache_mb=cache_mb)
+    loader.shard(1, 2)
+    read = []
+    load = source.load
+    monkeypatch.setattr(source, "load", lambda i, at_least=None: (read.append(i), load(i, at_least))[1])
+    batches(loader)
+    assert sorted(read) == [2, 3, 6, 7]
 
 
 def test_mean_std_is_that_of_the_given_images(photos):

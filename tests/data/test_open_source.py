@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vitkit.data import open_source
+from vitkit.data import check, open_source, split
 from vitkit.data.tree import FolderTree
 from vitkit.errors import BadInput, MissingExtra, VitkitError
 
@@ -485,6 +485,93 @@ def test_a_row_said_twice_is_skipped(tmp_path):
     assert "listed again" in open_source(path).skipped[0].reason
 
 
+# -- labels that are not known ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("word", ["-1", "-1.0", " -1"])
+def test_minus_one_among_class_numbers_is_no_class(tmp_path, word):
+    path = table(tmp_path, "path,label", ["0", "1", word, "1", "0", word])
+    source = open_source(path)
+    assert source.classes == ("0", "1") and source.labels().tolist() == [0, 1, 1, 0]
+    assert keys(source) == [f"i/im{i}.png" for i in (0, 1, 3, 4)]
+    assert [s.key for s in source.skipped] == ["i/im2.png", "i/im5.png"]
+    assert "not labelled" in source.skipped[0].reason
+    (warning,) = [w for w in check(source, split(source, val=0, test=0.5)).warnings if "skipped" in w]
+    assert "2 of 6 images" in warning and "2 of them: its label is −1" in warning
+    three = open_source(path, unknown="class")
+    assert len(three.classes) == 3 and not three.skipped
+    assert open_source(path, task="regress").labels().tolist() == [0, 1, -1, 1, 0, -1]
+
+
+@pytest.mark.parametrize("cells", [["-1", "1", "-1", "1"], ["-2", "-1", "0", "1"], ["-1", "0", "a", "b"]])
+def test_minus_one_may_be_a_class_like_others(tmp_path, cells):
+    source = open_source(table(tmp_path, "path,label", cells))
+    assert set(source.classes) == set(cells) and not source.skipped
+
+
+def test_empty_labels_can_be_left_out(tmp_path):
+    path = table(tmp_path, "path,label", ["a", "", "b", "NaN", "a", "b"])
+    with pytest.raises(BadInput, match=r'line 3, line 5 \(2 of 6 rows\).*unknown="skip"'):
+        open_source(path)
+    source = open_source(path, unknown="skip")
+    assert source.classes == ("a", "b") and len(source) == 4
+    assert [(s.key, s.reason) for s in source.skipped] == [
+        ("i/im1.png", "its label is empty"),
+        ("i/im3.png", "its label is empty"),
+    ]
+
+
+def test_uncertain_findings_are_refused_until_something_is_said(tmp_path):
+    """The coding of CheXpert: 1 present, 0 absent, −1 uncertain, empty not mentioned."""
+    path = table(tmp_path, "path,label_edema,label_fracture", ["1,0", "-1,1", "0,", "0,1"])
+    with pytest.raises(BadInput, match='label is missing in line 4.*unknown="absent"'):
+        open_source(path)
+    absent, present = open_source(path, unknown="absent"), open_source(path, unknown="present")
+    assert absent.task == present.task == "multilabel" and absent.classes == ("edema", "fracture")
+    assert absent.labels().tolist() == [[1, 0], [0, 1], [0, 0], [0, 1]]
+    assert present.labels().tolist() == [[1, 0], [1, 1], [0, 0], [0, 1]]
+    skip = open_source(path, unknown="skip")
+    assert keys(skip) == ["i/im0.png", "i/im3.png"] and len(skip.skipped) == 2
+    full = table(tmp_path, "path,label_edema,label_fracture", ["1,0", "-1,1", "0,-1"])
+    for unknown in (None, "class"):
+        with pytest.raises(BadInput, match=r"2 labels are −1 \(line 3, line 4\).*unknown=\"present\"") as caught:
+            open_source(full, unknown=unknown)
+        assert "t.csv" in one_paragraph(caught.value)
+    assert open_source(full, task="regress").labels().tolist() == [[1, 0], [-1, 1], [0, -1]]
+
+
+def test_words_for_unknown_labels_must_suit(tmp_path):
+    path = table(tmp_path, "path,label", ["0", "1", "-1"])
+    with pytest.raises(BadInput, match="unknown='absent' is for columns of 0 and 1"):
+        open_source(path, unknown="absent")
+    with pytest.raises(BadInput, match="unknown='drop' is not known; it is one of skip, absent, present, class"):
+        open_source(path, unknown="drop")  # type: ignore[arg-type]
+    assert open_source(table(tmp_path, "path,label", ["a;b", "", "b"]), unknown="absent").labels()[1].tolist() == [0, 0]
+
+
+def test_unknown_labels_in_arrays(tmp_path):
+    y = np.array([0, 1, -1, 1, 0, -1])
+    source = open_source(npz(tmp_path / "a.npz", x=X, y=y, group=np.arange(6)))
+    assert source.classes == ("0", "1") and keys(source) == ["x[0]", "x[1]", "x[3]", "x[4]"]
+    np.testing.assert_array_equal(source.read(2), X[3])
+    assert source.records[3].group == "4" and len(source.skipped) == 2
+    named = open_source(npz(tmp_path / "n.npz", x=X, y=y, classes=["no", "yes"]))
+    assert named.classes == ("no", "yes") and len(named) == 4
+    gaps = open_source(npz(tmp_path / "g.npz", x=X, y=np.array([0, 1, np.nan, 1, 0, 1.0])), unknown="skip")
+    assert len(gaps) == 5 and "missing" in gaps.skipped[0].reason
+    matrix = npz(tmp_path / "m.npz", x=X, y=np.array([[1, 0], [-1, 1], [0, 1], [1, 1], [0, 0], [1, -1]]))
+    with pytest.raises(BadInput, match=r"2 labels are −1 \(x\[1\], x\[5\]\)"):
+        open_source(matrix)
+    assert open_source(matrix, unknown="present").labels()[[1, 5]].tolist() == [[1, 1], [1, 1]]
+    assert len(open_source(matrix, unknown="skip")) == 4
+    assert open_source(matrix, task="regress").task == "regress"
+
+
+def test_x_rays_of_which_some_are_not_labelled(shared_data):
+    source = open_source(shared_data / "chest_xray.zip")
+    assert (source.classes, len(source), len(source.skipped)) == (("0", "1"), 188, 31)
+
+
 @pytest.mark.parametrize(
     ("arrays", "says"),
     [
@@ -533,5 +620,5 @@ def test_a_file_that_vanishes_later_is_named(tmp_path):
 def test_natural_photographs(shared_data):
     source = open_source(shared_data / "clothing.zip")
     assert (len(source), source.num_outputs, source.in_chans, source.skipped) == (744, 10, 3, [])
-    xray = open_source(shared_data / "chest_xray.zip")
+    xray = open_source(shared_data / "chest_xray.zip", unknown="class")
     assert len(xray) == 219 and len({r.group for r in xray.records}) == 129

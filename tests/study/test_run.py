@@ -294,6 +294,20 @@ def test_kill_at_any_moment_then_the_same_result(tmp_path):
 
 
 @pytest.mark.slow
+def test_two_devices_predict_what_one_predicts(tmp_path):
+    """Class weights and sizes that leave a short last batch; the budget's timing starts processes too."""
+    data = write_data(tmp_path / "d.npz")
+    found = []
+    for devices in (1, 2):
+        protocol = {"devices": devices, "class_weights": True, "mixup": 0.2, "budget": "1h"}
+        run_study(settings(data, ["vit"], protocol=protocol), tmp_path / str(devices))
+        (stage,) = (tmp_path / str(devices)).glob("stages/predict-*/predictions.npz")
+        with np.load(stage) as arrays:
+            found.append(arrays["test_predictions"])
+    np.testing.assert_allclose(found[1], found[0], atol=1e-3)
+
+
+@pytest.mark.slow
 def test_on_ray_gives_the_same_table(tmp_path):
     data = write_data(tmp_path / "d.npz")
     made = settings(data, ["vit", "sinkhorn", "tome:r=2"])

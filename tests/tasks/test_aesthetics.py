@@ -81,6 +81,17 @@ def test_readout_ignores_padding(options):
     torch.testing.assert_close(model(images), alone, atol=1e-5, rtol=1e-5)
 
 
+def test_readout_of_a_host_with_registers_only_needs_to_be_told():
+    host = {"embed_dim": 16, "depth": 1, "num_heads": 2, "class_token": False, "global_pool": "avg", "reg_tokens": 4}
+    model = tiny_vit((20, 28), 2, 3, 1, **host)
+    record = swap(model, "readout", RatingReadout)
+    with pytest.raises(BadInput, match="class_token=False"):
+        model(torch.rand(2, 3, 20, 28))
+    record.undo()
+    swap(model, "readout", RatingReadout, class_token=False)
+    assert model(torch.rand(2, 3, 20, 28)).shape == (2, 1)
+
+
 @pytest.fixture
 def folder(tmp_path):
     for index, size in enumerate([(8, 6), (5, 9), (7, 7)]):

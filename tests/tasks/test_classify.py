@@ -98,3 +98,16 @@ def test_bad_arguments_are_named(arguments, named):
 def test_a_class_without_images_has_no_weight():
     with pytest.raises(BadInput, match=r"\[3, 0\]"):
         balanced_weights([3, 0])
+
+
+@pytest.mark.parametrize("kind", ["single", "mixed", "multilabel"])
+def test_batch_weight_puts_the_parts_of_a_batch_together(kind):
+    task = Classify("abc", multilabel=kind == "multilabel", class_weights=[1.0, 2.5, 0.3], label_smoothing=0.1)
+    outputs = torch.randn(7, 3)
+    labels = torch.randint(0, 3, (7,)) if kind == "single" else torch.rand(7, 3).softmax(-1)
+    batch = {"labels": labels, "weights": torch.rand(7)}
+    parts = [{k: v[rows] for k, v in batch.items()} for rows in (slice(0, 2), slice(2, 7))]
+    losses = [task.loss(outputs[:2], parts[0]), task.loss(outputs[2:], parts[1])]
+    shares = [task.batch_weight(part) for part in parts]
+    together = (losses[0] * shares[0] + losses[1] * shares[1]) / (shares[0] + shares[1])
+    torch.testing.assert_close(together, task.loss(outputs, batch))

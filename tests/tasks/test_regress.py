@@ -52,3 +52,15 @@ def test_bad_arguments_are_named():
         Regress(1, std=[0.0])
     with pytest.raises(BadInput, match=r"\(4, 3\)"):
         Regress(2).loss(torch.zeros(4, 2), {"labels": torch.zeros(4, 3)})
+
+
+def test_batch_weight_puts_the_parts_of_a_batch_together():
+    task = Regress(2, mean=[1.0, 2.0], std=[2.0, 0.5])
+    outputs, labels = torch.randn(6, 2), torch.randn(6, 2)
+    labels[0, 1] = labels[4, 0] = float("nan")
+    batch = {"labels": labels, "weights": torch.rand(6)}
+    parts = [{k: v[rows] for k, v in batch.items()} for rows in (slice(0, 1), slice(1, 6))]
+    losses = [task.loss(outputs[:1], parts[0]), task.loss(outputs[1:], parts[1])]
+    shares = [task.batch_weight(part) for part in parts]
+    together = (losses[0] * shares[0] + losses[1] * shares[1]) / (shares[0] + shares[1])
+    torch.testing.assert_close(together, task.loss(outputs, batch))

@@ -87,3 +87,13 @@ def test_regression_evaluates_r2():
 def test_nothing_to_evaluate_is_an_error():
     with pytest.raises(ValueError, match="no batch"):
         Supervised(_Net(), Classify("abc")).evaluate([])
+
+
+def test_batch_weight_is_the_tasks_or_the_number_of_images():
+    class Plain:
+        def loss(self, outputs, batch):
+            return outputs.mean()
+
+    batch = {"images": torch.rand(3, 1, 2, 2), "labels": torch.tensor([0, 1, 1]), "weights": torch.tensor([1, 0.5, 2])}
+    assert Supervised(nn.Linear(1, 1), Classify("ab")).batch_weight(batch) == 3.5
+    assert Supervised(nn.Linear(1, 1), Plain()).batch_weight(batch) == 3

@@ -18,6 +18,8 @@ _GIVEN = {
     "images",
     "labels",
     "targets",
+    "probs_cal",
+    "labels_cal",
     "params",
     "generator",
     "progress",
@@ -60,23 +62,25 @@ def options(found: Any) -> list[Option]:
     Args:
         found: the function or class behind a method.
     """
-    sources: list[Any] = []
+    sources: list[Any] = [found]
+    inherited: list[Any] = []
     if inspect.isclass(found):
         starter = getattr(found, "from_standard", None)
-        if starter is None:
-            sources = [found.__init__]
-        else:
-            sources = [starter]
-            if any(p.kind is p.VAR_KEYWORD for p in _parameters(starter)):
-                sources.append(found.__init__)
-    else:
-        sources = [found]
+        sources = [] if starter is None else [starter]
+        if starter is None or _passes_on(starter):
+            own, *inherited = _constructors(found)
+            sources.append(own)
+    # what the class says of a name goes before what its constructor and its bases say
     meanings = _meanings(found)
+    bases = [b for b in found.__mro__[1:] if inherited and not _outside(b)] if inspect.isclass(found) else []
+    for text in [*sources, *bases]:
+        meanings = {**_meanings(text), **meanings}
     rows: dict[str, Option] = {}
-    for source in sources:
-        meanings = {**_meanings(source), **meanings}
+    for source in [*sources, *inherited]:
         for p in _parameters(source):
             hidden = p.name in _GIVEN or p.name.startswith("_") or p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+            # what a base class demands, the class itself gives
+            hidden = hidden or (source in inherited and p.default is p.empty)
             if not hidden and p.name not in rows:
                 meaning = meanings.get(p.name) or _EVERYWHERE.get(p.name, "")
                 rows[p.name] = Option(name=p.name, type=_type(p), default=_default(p), meaning=meaning)
@@ -91,6 +95,37 @@ def required(found: Any) -> list[str]:
         # images are optional for transforms that can do without calibration, but mostly wanted
         if (p.default is p.empty or p.name == "images") and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
     ]
+
+
+def plain(text: str) -> str:
+    """Markup of a docstring as it is read: references become names, double backticks single ones.
+
+    >>> plain("see :func:`~vitkit.explain.gmar.gmar`; ``log size`` is added")
+    'see `gmar`; `log size` is added'
+    """
+    text = re.sub(r":\w+:`~(?:[\w.]+\.)?(\w+)`", r"`\1`", text)
+    return re.sub(r":\w+:(`[^`]+`)", r"\1", text).replace("``", "`")
+
+
+def _passes_on(source: Any) -> bool:
+    return any(p.kind is p.VAR_KEYWORD for p in _parameters(source))
+
+
+def _outside(cls: type) -> bool:
+    return cls.__module__.partition(".")[0] in ("torch", "builtins")
+
+
+def _constructors(found: type) -> list[Any]:
+    """The constructor of a class, then those of its bases that it passes unknown names on to."""
+    chain: list[Any] = [found.__init__]  # type: ignore[misc]
+    for base in found.__mro__[1:]:
+        # the bases of torch take what a method has already worked out
+        if _outside(base) or not _passes_on(chain[-1]):
+            break
+        own = vars(base).get("__init__")
+        if own is not None and own is not chain[-1]:
+            chain.append(own)
+    return chain
 
 
 def _parameters(source: Any) -> list[inspect.Parameter]:
@@ -138,4 +173,4 @@ def _meanings(found: Any) -> dict[str, str]:
         elif current:
             meanings[current] += f" {line.strip()}"
     # "height, width: sides in pixels" explains both
-    return {n.strip(" *"): text for names, text in meanings.items() for n in names.split(",")}
+    return {n.strip(" *"): plain(text) for names, text in meanings.items() for n in names.split(",")}

@@ -43,37 +43,23 @@ def print_record(screen: Any, record: dict[str, Any]) -> None:
     from rich.text import Text
 
     from vitkit.cli.console import table
+    from vitkit.evidence import text
 
-    verdict = {True: "shown", False: "not shown", None: "undecided"}[record["shown"]]
     screen.print(Text(f"Claim: {record['claim']}"))
-    screen.print(Text(f"In this experiment: {verdict}", style="bold"))
-    columns = list(record["rows"][0])
-    numeric = tuple(c for c in columns if all(isinstance(r[c], (int, float)) for r in record["rows"]))
-    rows = table(*columns, right=numeric)
-    for name, column in zip(columns, rows.columns):
+    screen.print(Text(f"In this experiment: {text.verdict(record)}", style="bold"))
+    columns, cells = text.table(record)
+    rows = table(*columns)
+    for column, figures, values in zip(rows.columns, text.numeric(record), zip(*cells)):
         # a wide table breaks between the words of its cells; cut cells would lose figures
-        column.header = name.replace("_", " ")
-        labels = not any("±" in _cell(r[name]) for r in record["rows"]) and name not in numeric
-        column.no_wrap = labels and max(len(_cell(r[name])) for r in record["rows"]) <= _WHOLE
-    for row in record["rows"]:
-        rows.add_row(*(Text(_cell(row[c])) for c in columns))
+        labels = not figures and not any("±" in v for v in values)
+        column.no_wrap = labels and max(map(len, values)) <= _WHOLE
+        column.justify = "right" if figures else "left"
+    for row in cells:
+        rows.add_row(*map(Text, row))
     screen.print(rows)
     if record.get("notes"):
         screen.print(Text(record["notes"]))
-    settings = ", ".join(f"{k}={v}" for k, v in record.get("settings", {}).items())
-    seeds = ", ".join(map(str, record["seeds"]))
-    took = f"{record['duration_s']:.0f} s on {record['machine']['cpu']}"
-    screen.print(Text(f"Settings: {settings or 'none'}. Seeds: {seeds}. {took}."))
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return "–"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return str(value)
+    screen.print(Text(text.conditions(record)))
 
 
 def _seeds(text: str) -> tuple[int, ...]:

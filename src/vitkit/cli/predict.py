@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,14 +15,24 @@ def predict(
     top: Annotated[int, typer.Option(min=1, help="How many classes to show.")] = 3,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Label images with a model that a study exported."""
-    rows = predict_files(model, images)
-    if as_json:
-        from vitkit.cli.console import print_json
+    """Label images with a model that a study exported.
 
+    Files that cannot be read are listed with the reason; it is an error if none can.
+    """
+    from vitkit.cli.console import console, print_json, table
+    from vitkit.errors import BadInput
+
+    rows = predict_files(model, images)
+    unread = [row for row in rows if "error" in row]
+    if len(unread) == len(rows):
+        reason = unread[0]["error"]
+        raise BadInput(
+            reason if len(rows) == 1 else f"None of the {len(rows)} files could be read, to begin with {reason}"
+        )
+    if as_json:
         print_json(rows)
+        _say_unread(unread, rows)
         return
-    from vitkit.cli.console import console, table
 
     out = table("image", "prediction", wrap="prediction")
     for row in rows:
@@ -33,6 +44,13 @@ def predict(
             best = sorted(row["probabilities"].items(), key=lambda kv: -kv[1])[:top]
             out.add_row(row["image"], ", ".join(f"{name} {p:.1%}" for name, p in best))
     console().print(out)
+    _say_unread(unread, rows)
+
+
+def _say_unread(unread: list[dict[str, Any]], rows: list[dict[str, Any]]) -> None:
+    if unread:
+        # on stderr, which leaves the output to programs
+        print(f"{len(unread)} of {len(rows)} files could not be read.", file=sys.stderr)
 
 
 def predict_files(folder: Path, images: list[Path]) -> list[dict[str, Any]]:
@@ -63,7 +81,9 @@ def predict_files(folder: Path, images: list[Path]) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for file in files:
         try:
-            pixels = read_image(file, image_size=config.image_size, in_chans=config.in_chans)
+            pixels = read_image(
+                file, config.image_size, config.in_chans, value_range=config.value_range, wide=config.wide
+            )
         except BadInput as error:
             rows.append({"image": str(file), "error": str(error)})
             continue

@@ -29,10 +29,14 @@ def study(
     seeds: Annotated[int | None, typer.Option(min=1, help="Repetitions with other seeds (default 1).")] = None,
     seed: Annotated[int | None, typer.Option(help="First seed, also of the split (default 0).")] = None,
     task: Annotated[str | None, typer.Option(help="classify, multilabel or regress (default: found out).")] = None,
+    unknown: Annotated[
+        str | None, typer.Option(help="Images whose label is empty or -1: skip, absent, present or class.")
+    ] = None,
     image_size: Annotated[int | None, typer.Option(min=1, help="Side in pixels (default: the images' own).")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Images a step (default: 16 to 64).")] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate (default 1e-3).")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Use at most this many training images.")] = None,
+    devices: Annotated[int | None, typer.Option(min=1, help="GPUs (processes) a training uses (default 1).")] = None,
     on: Annotated[str, typer.Option("--on", help="Where stages run: here or ray.")] = "here",
     resume: Annotated[bool, typer.Option("--resume/--restart", help="Go on with --out, or begin it anew.")] = True,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the final table only.")] = False,
@@ -50,7 +54,7 @@ def study(
     from vitkit.study.store import Store
 
     flags: dict[str, Any] = {
-        "data": {"task": task, "image_size": image_size, "limit": limit},
+        "data": {"task": task, "unknown": unknown, "image_size": image_size, "limit": limit},
         "protocol": {
             "budget": budget,
             "epochs": epochs,
@@ -59,6 +63,7 @@ def study(
             "seed": seed,
             "batch_size": batch_size,
             "lr": lr,
+            "devices": devices,
         },
     }
     flags = {room: {k: v for k, v in values.items() if v is not None} for room, values in flags.items()}
@@ -90,6 +95,9 @@ def study(
     screen.print(_table(result))
     for sentence in result.verdict:
         screen.print(sentence)
+    # what was left out decides what the figures mean
+    for warning in (w for w in result.data.warnings if "skipped" in w):
+        screen.print(warning)
     failed = [r for r in result.recipes if r.status == "failed"]
     for row in failed:
         screen.print(f"[red]failed[/red] {row.name}: {row.error}")

@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from vitkit.data.decode import channels_first
-from vitkit.data.labels import Label, looks_continuous, natural, some
+from vitkit.data.labels import NOT_LABELLED, Label, Unknown, looks_continuous, natural, settle, some, unlabelled
 from vitkit.data.look import digest
-from vitkit.data.source import Record, Split, Task
+from vitkit.data.source import Record, Skipped, Split, Task
 from vitkit.data.tree import Tree
 from vitkit.errors import BadInput
 
@@ -54,15 +54,17 @@ class ArrayPixels:
 
 @dataclass
 class ArrayListing:
-    """Blocks of images with the labels of all of them."""
+    """Blocks of images, and the labels of those that have one; ``where`` counts over all blocks."""
 
     blocks: list[np.ndarray]
     records: list[Record]
+    where: np.ndarray
     classes: tuple[str, ...]
     task: Task
+    skipped: list[Skipped]
 
 
-def list_npz(path: str | Path, task: Task | None = None) -> ArrayListing:
+def list_npz(path: str | Path, task: Task | None = None, unknown: Unknown | None = None) -> ArrayListing:
     """Images and labels of an ``.npz``: ``x_train, y_train[, x_val, y_val], x_test, y_test[, classes]`` or ``x, y``.
 
     Images are (N, H, W), (N, H, W, C) or (N, C, H, W); labels (N,), (N, 1), one-hot or 0/1 (N, K), or numbers.
@@ -85,7 +87,7 @@ def list_npz(path: str | Path, task: Task | None = None) -> ArrayListing:
     pairs = _pairs(arrays, name)
     names = arrays.get("classes", arrays.get("class_names"))
     given = None if names is None else tuple(str(c) for c in names.ravel())
-    return list_arrays(pairs, name, given, task, group=arrays.get("group", arrays.get("groups")))
+    return list_arrays(pairs, name, given, task, arrays.get("group", arrays.get("groups")), unknown)
 
 
 def _plain(archive: np.lib.npyio.NpzFile, key: str, name: str) -> np.ndarray:
@@ -126,6 +128,7 @@ def list_arrays(
     classes: tuple[str, ...] | None = None,
     task: Task | None = None,
     group: np.ndarray | None = None,
+    unknown: Unknown | None = None,
 ) -> ArrayListing:
     """Records for (split, key, images, labels) arrays. Raises: BadInput, naming key and rows."""
     blocks, labels, keys, splits = [], [], [], []
@@ -143,12 +146,17 @@ def list_arrays(
         raise BadInput(f"{name}: the label arrays have different shapes ({[y.shape for y in labels]}).")
     if not keys:
         raise BadInput(f"{name} holds no images.")
-    values, names, kind = _labels(np.concatenate(labels), keys, name, classes, task)
+    y, reasons = _known(np.concatenate(labels), keys, name, task, unknown)
+    where = np.array([i for i in range(len(keys)) if i not in reasons], np.int64)
+    if not len(where):
+        raise BadInput(f"{name}: no image has a label that is known.")
+    values, names, kind = _labels(y[where], [keys[i] for i in where], name, classes, task)
     if group is not None and len(group) != len(keys):
         raise BadInput(f"{name}: {len(group)} groups for {len(keys)} images.")
     groups = [None] * len(keys) if group is None else [str(g) for g in group]
-    records = [Record(k, v, g, s) for k, v, g, s in zip(keys, values, groups, splits)]
-    return ArrayListing(blocks, records, names, kind)
+    records = [Record(keys[i], v, groups[i], splits[i]) for i, v in zip(where, values)]
+    skipped = [Skipped(keys[i], reason) for i, reason in sorted(reasons.items())]
+    return ArrayListing(blocks, records, where, names, kind, skipped)
 
 
 def _images(x: np.ndarray, key: str, name: str) -> np.ndarray:
@@ -177,19 +185,36 @@ def _images(x: np.ndarray, key: str, name: str) -> np.ndarray:
     return x if x.dtype in (np.uint8, np.uint16) else x.astype(np.float32)
 
 
+def _known(
+    y: np.ndarray, keys: Sequence[str], name: str, task: Task | None, unknown: Unknown | None
+) -> tuple[np.ndarray, dict[int, str]]:
+    """Labels with every −1 settled, and position → reason of the images to leave out because theirs is not known."""
+    if y.dtype.kind not in "biufUS":
+        raise BadInput(f"{name}: labels of type {y.dtype} are neither numbers nor text.")
+    rows = y.reshape(len(y), -1)
+    if y.dtype.kind in "US":
+        missing, how = (rows == np.zeros((), rows.dtype)).any(1), "missing"
+    else:
+        missing, how = ~np.isfinite(rows).all(1), "missing (NaN or infinite)"
+    if missing.any() and unknown != "skip":
+        shown = some([keys[i] for i in np.flatnonzero(missing)])
+        raise BadInput(f'{name}: the label is {how} for {shown}. unknown="skip" leaves these images out.')
+    reasons = {int(i): f"its label is {how}" for i in np.flatnonzero(missing)}
+    if y.dtype.kind in "biuf" and task != "regress":
+        good = rows[~missing]
+        if y.ndim == 2 and len(good) and np.isin(good, (-1, 0, 1)).all():
+            settled, out = settle(rows, unknown, name, keys)
+            return settled, {**reasons, **{int(i): "some of its labels are −1" for i in np.flatnonzero(out)}}
+        if y.ndim == 1 and unlabelled(np.unique(good).tolist(), unknown, name):
+            reasons |= {int(i): NOT_LABELLED for i in np.flatnonzero(y == -1)}
+    return y, reasons
+
+
 def _labels(
     y: np.ndarray, keys: Sequence[str], name: str, classes: tuple[str, ...] | None, task: Task | None
 ) -> tuple[list[Label], tuple[str, ...], Task]:
-    if y.dtype.kind not in "biufUS":
-        raise BadInput(f"{name}: labels of type {y.dtype} are neither numbers nor text.")
-    if y.dtype.kind == "f" and not np.isfinite(y).all():
-        bad = np.flatnonzero(~np.isfinite(y).reshape(len(y), -1).all(1))
-        raise BadInput(f"{name}: the label is missing (NaN or infinite) for {some([keys[i] for i in bad])}.")
     if y.dtype.kind in "US":
         y = y.astype(np.str_)
-        empty = [k for k, v in zip(keys, y.reshape(len(y), -1)[:, 0]) if not v]
-        if empty:
-            raise BadInput(f"{name}: the label is missing for {some(empty)}.")
     if y.ndim == 2:
         return _matrix(y, name, classes, task)
     if task is None:
@@ -275,12 +300,17 @@ def find_idx(tree: Tree) -> list[tuple[Split | None, str, str]]:
     return found
 
 
-def list_idx(tree: Tree, found: Sequence[tuple[Split | None, str, str]], task: Task | None = None) -> ArrayListing:
+def list_idx(
+    tree: Tree,
+    found: Sequence[tuple[Split | None, str, str]],
+    task: Task | None = None,
+    unknown: Unknown | None = None,
+) -> ArrayListing:
     """Images and labels of IDX files. Raises: BadInput, naming the file."""
     pairs = [
         (split, posixpath.basename(x), read_idx(tree.read(x), x), read_idx(tree.read(y), y)) for split, x, y in found
     ]
-    return list_arrays(pairs, Path(tree.root).name, None, task)
+    return list_arrays(pairs, Path(tree.root).name, None, task, unknown=unknown)
 
 
 def read_idx(data: bytes, name: str) -> np.ndarray:

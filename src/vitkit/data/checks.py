@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -307,8 +307,11 @@ def _about_groups(source: Source, parts: np.ndarray) -> list[str]:
 def _about_images(source: Source, looks: Looks, constant: Sequence[str]) -> list[str]:
     found = []
     if source.skipped:
+        reason, times = Counter(s.reason for s in source.skipped).most_common(1)[0]
+        often = f" ({times} of them: {reason})" if times > 1 else ""
         found.append(
-            f"{len(source.skipped)} of {len(source) + len(source.skipped)} images could not be used and were skipped."
+            f"{len(source.skipped)} of {len(source) + len(source.skipped)} images could not be used and were "
+            f"skipped{often}."
         )
     if constant:
         found.append(f"{len(constant)} images are of a single colour: {some(constant, 3)}.")

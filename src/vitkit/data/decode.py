@@ -327,6 +327,7 @@ def read_image(
     fit: Fit = "crop",
     value_range: tuple[float, float] | None = None,
     how: Reading | None = None,
+    wide: bool = False,
 ) -> Any:
     """One image file as a model's input, prepared as a loader does for evaluation.
 
@@ -335,7 +336,8 @@ def read_image(
         image_size: (H, W) of the result.
         in_chans: channels of the result.
         fit: see :func:`fit_box`.
-        value_range: black and white of float images; None: read off this image.
+        value_range: black and white of images that are neither 8- nor 16-bit; None: read off this image.
+        wide: resize 8-bit images as floats too, as a loader does where others have more than 8 bits.
 
     Returns: tensor (C, H, W), float32 in [0, 1].
 
@@ -348,7 +350,7 @@ def read_image(
         array = to_channels(array, in_chans)
         unit = to_unit(array, value_range or value_range_of(array.dtype, float(array.min()), float(array.max())))
         box = fit_box(array.shape[0], array.shape[1], image_size, fit)
-        if array.dtype == np.uint8:
+        if array.dtype == np.uint8 and not wide:
             # round once, after resizing, exactly where a loader does
             out = resample(array, box, image_size).astype(np.float32) / 255
         else:

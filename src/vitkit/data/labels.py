@@ -5,10 +5,19 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Sequence
+from typing import Literal, get_args
+
+import numpy as np
 
 from vitkit.errors import BadInput
 
 Label = int | float | tuple[float, ...]
+
+#: what becomes of images whose label is not known: left out, read as 0 or as 1 (0/1 labels), or −1 as a class
+Unknown = Literal["skip", "absent", "present", "class"]
+
+NOT_LABELLED = 'its label is −1, read as "not labelled"; unknown="class" (--unknown class) makes it a class'
+_SAY = "(vitkit study: --unknown, or unknown in the data of the study file)"
 
 
 def natural(text: str) -> tuple[list[tuple[int, int, str]], str]:
@@ -61,6 +70,60 @@ def looks_continuous(values: Iterable[str]) -> bool:
     """True if all labels are numbers and some are not whole: a quantity, not a class."""
     parsed = [to_number(v) for v in values]
     return all(math.isfinite(v) for v in parsed) and any(v != round(v) for v in parsed)
+
+
+def check_unknown(unknown: str | None) -> None:
+    """Raises: BadInput for a word that is none of :data:`Unknown`."""
+    if unknown is not None and unknown not in get_args(Unknown):
+        raise BadInput(f"unknown={unknown!r} is not known; it is one of {', '.join(get_args(Unknown))}.")
+
+
+def unlabelled(values: Iterable[float], unknown: Unknown | None, where: str) -> bool:
+    """Whether −1 among class numbers says "not labelled": the others are 0 or more, and at least two.
+
+    >>> unlabelled([0, 1, -1], None, "x"), unlabelled([-1, 1], None, "x"), unlabelled([-2, -1, 0, 1], None, "x")
+    (True, False, False)
+
+    Raises: BadInput if it does, and is to be read as 0 or 1.
+    """
+    rest = set(values)
+    if unknown == "class" or -1 not in rest:
+        return False
+    rest.remove(-1)
+    found = len(rest) > 1 and all(v >= 0 and v == round(v) for v in rest)
+    if found and unknown in ("absent", "present"):
+        raise BadInput(
+            f'{where}: unknown={unknown!r} is for columns of 0 and 1; these labels are classes, of which −1 is "skip" '
+            'or "class".'
+        )
+    return found
+
+
+def settle(
+    values: np.ndarray, unknown: Unknown | None, where: str, rows: Sequence[str]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Labels of 0, 1 and −1 ("uncertain") with the −1 settled.
+
+    Args:
+        values: (N, K).
+        unknown: "absent": 0, "present": 1, "skip": such images are left out.
+        where, rows: what to call them in a message.
+
+    Returns: (N, K), and (N,) True for images to leave out.
+
+    Raises: BadInput if nothing was said about the −1.
+    """
+    uncertain = values == -1
+    touched = uncertain.any(1)
+    if not touched.any() or unknown == "skip":
+        return values, touched
+    if unknown not in ("absent", "present"):
+        raise BadInput(
+            f"{where}: {int(uncertain.sum())} labels are −1 ({some([rows[i] for i in np.flatnonzero(touched)], 3)}), "
+            'where 0 and 1 say no and yes. unknown="absent" reads −1 as 0, unknown="present" as 1, unknown="skip" '
+            f'leaves these images out {_SAY}; if they are quantities, use task="regress".'
+        )
+    return np.where(uncertain, float(unknown == "present"), values), np.zeros(len(values), bool)
 
 
 def some(items: Sequence[str], limit: int = 5) -> str:

@@ -51,6 +51,10 @@ class Preparer:
     def dtype(self) -> type:
         return np.float32 if self.wide else np.uint8
 
+    def none(self) -> np.ndarray:
+        """(0, C, H, W) float32: a batch without images."""
+        return np.empty((0, self.in_chans, *self.size), np.float32)
+
     def one(self, index: int, box: np.ndarray | None = None, size: tuple[int, int] | None = None) -> np.ndarray:
         """(H, W, C) of a record: uint8, or float32 in [0, 1] if the source is wide.
 
@@ -133,14 +137,14 @@ class Loader:
         train: bool,
         names: tuple[str, ...],
         seed: int,
-        workers: int,
+        workers: int | str,
         cache_mb: float,
         drop_last: bool,
     ) -> None:
         self.source, self.indices, self.prepare = source, indices, prepare
         self.batch_size, self.train, self.names, self.seed = batch_size, train, names, seed
         self.workers, self.drop_last = workers, drop_last
-        self.rank, self.world = 0, 1
+        self.rank, self.world, self.before = 0, 1, 0
         self.labels = torch.from_numpy(source.labels(indices)) if len(indices) else torch.empty(0)
         self.weights = torch.tensor([source.records[int(i)].weight for i in indices], dtype=torch.float32)
         self._epoch, self._start = 0, 0
@@ -171,8 +175,7 @@ class Loader:
         return self._stored is not None
 
     def __len__(self) -> int:
-        per_step = self.batch_size * self.world
-        return len(self.indices) // per_step if self.drop_last else -(-len(self.indices) // per_step)
+        return len(self.indices) // self.batch_size if self.drop_last else -(-len(self.indices) // self.batch_size)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose order and augmentation of the next pass."""
@@ -184,11 +187,23 @@ class Loader:
             raise BadInput(f"start_at({step}): a pass has {len(self)} batches.")
         self._start = int(step)
 
-    def shard(self, rank: int, world: int) -> None:
-        """Take every ``world``-th image of each (``world`` times larger) batch, for training on several devices."""
+    def shard(self, rank: int, world: int, before: int = 0) -> None:
+        """Take this process's share of each batch from now on: consecutive images, sizes that differ by at most one.
+
+        Together the processes get the batches that one would get. A share may be empty: (0, C, H, W).
+
+        Args:
+            rank, world: which process, of how many; (0, 1) takes whole batches again.
+            before: images ahead of the share (of the batch's end, ahead of its first image) that come with it, for who
+                blends neighbours; an empty share gets none.
+
+        Raises: BadInput if the rank is not in 0…world − 1.
+        """
         if not 0 <= rank < world:
             raise BadInput(f"shard({rank}, {world}): the rank lies in 0…{world - 1}.")
-        self.rank, self.world = rank, world
+        self.rank, self.world, self.before = rank, world, before
+        # they know the shares of before
+        self._workers = None
 
     def keys(self, indices: Sequence[int] | np.ndarray | Tensor) -> list[str]:
         """File names of record numbers."""
@@ -196,14 +211,11 @@ class Loader:
 
     def positions(self, epoch: int, step: int) -> np.ndarray:
         """Which of ``indices`` are in a batch."""
-        order = self._order(epoch)
-        per_step = self.batch_size * self.world
-        chosen = order[step * per_step : (step + 1) * per_step]
-        if self.world > 1:
-            # every device needs the same number; the last batch is filled up from the beginning
-            chosen = np.resize(np.concatenate([chosen, order]), -(-len(chosen) // self.world) * self.world)
-            chosen = chosen[self.rank :: self.world]
-        return chosen
+        chosen = self._order(epoch)[step * self.batch_size : (step + 1) * self.batch_size]
+        start, stop = (len(chosen) * rank // self.world for rank in (self.rank, self.rank + 1))
+        if start == stop:
+            return chosen[:0]
+        return chosen[np.arange(start - self.before, stop) % len(chosen)]
 
     def _order(self, epoch: int) -> np.ndarray:
         if not self.train:
@@ -221,7 +233,7 @@ class Loader:
             return
         if self._stored is not None:
             yield from self._from_memory(epoch, range(start, end))
-        elif self.workers == 0:
+        elif _num_workers(self.workers) == 0:
             work = _Work(self)
             for step in range(start, end):
                 yield self._finish(epoch, step, work[epoch, step])
@@ -231,10 +243,17 @@ class Loader:
     def _from_memory(self, epoch: int, steps: range) -> Iterator[Batch]:
         assert self._stored is not None
         memory = memory_of(self.source, self._stored)
-        memory.fill(self.indices)
+        own = self.indices
+        if self.world > 1:
+            # the others decode the rest
+            own = np.unique(own[np.concatenate([self.positions(epoch, step) for step in steps])])
+        memory.fill(own)
         for step in steps:
             at = self.positions(epoch, step)
             numbers = self.indices[at]
+            if not len(numbers):
+                yield self._finish(epoch, step, self.prepare.none())
+                continue
             images = memory.images[numbers]
             if self.names:
                 u = draws(self.seed, epoch, numbers)
@@ -260,16 +279,16 @@ class Loader:
             raise
 
     def _start_workers(self) -> DataLoader[Any]:
-        prefetch = 2
+        prefetch, workers = 2, _num_workers(self.workers)
         work = _Work(self)
         # tensors travel through shared memory, of which containers often have next to none; a pipe always works
-        need = self.batch_size * self.prepare.bytes_per_image * self.workers * (prefetch + 1)
+        need = self.batch_size * self.prepare.bytes_per_image * workers * (prefetch + 1)
         work.through_pipe = need > _free_shared_memory() / 2
         return DataLoader(
             work,
             sampler=self._plan,
             batch_size=None,
-            num_workers=self.workers,
+            num_workers=workers,
             prefetch_factor=prefetch,
             persistent_workers=True,
             # without one of its own it would draw from the global generator, and a resumed run would differ
@@ -319,6 +338,8 @@ class _Work(Dataset[Any]):
     def __getitem__(self, at: tuple[int, int]) -> Any:
         epoch, step = at
         numbers = self.indices[self.plan.positions(epoch, step)]
+        if not len(numbers):
+            return self.prepare.none()
         u = draws(self.seed, epoch, numbers)
         boxes = crop_boxes(u) if "crop" in self.names else [None] * len(numbers)
         try:
@@ -359,7 +380,7 @@ def _cut(images: np.ndarray, boxes: np.ndarray, size: tuple[int, int]) -> np.nda
 def _positions_only(loader: Loader) -> Loader:
     """A copy that knows the order of things and nothing else."""
     bare = object.__new__(Loader)
-    for name in ("indices", "batch_size", "train", "seed", "drop_last", "rank", "world"):
+    for name in ("indices", "batch_size", "train", "seed", "drop_last", "rank", "world", "before"):
         setattr(bare, name, getattr(loader, name))
     return bare
 
@@ -403,7 +424,8 @@ def make_loader(
         augment: "none", "light", "strong", or names out of :data:`vitkit.data.AUGMENTATIONS`. Applied whether or not
             ``train`` is set.
         seed: of order and augmentation.
-        workers: processes that decode; "auto": one for each core but one, at least one and at most eight; 0: none.
+        workers: processes that decode; "auto": one for each core but one, at least one and at most eight, the cores
+            divided among the training processes of this machine; 0: none.
         cache_mb: budget of decoded images, in MiB; 0: keep none.
         drop_last: leave out the last batch if it is smaller than the others.
         fit: how an image of another aspect is brought to ``image_size``: "crop" or "squash".
@@ -417,6 +439,7 @@ def make_loader(
         raise BadInput(f"batch_size={batch_size}, image_size={image_size} and in_chans={in_chans} must be positive.")
     if fit not in ("crop", "squash"):
         raise BadInput(f"fit={fit!r} is unknown; it is 'crop' or 'squash'.")
+    _num_workers(workers)
     size = (int(image_size[0]), int(image_size[1]))
     return Loader(
         source,
@@ -426,7 +449,7 @@ def make_loader(
         train=train,
         names=resolve(augment, size, source.mirror),
         seed=seed,
-        workers=_num_workers(workers),
+        workers=workers,
         cache_mb=cache_mb,
         drop_last=drop_last,
     )
@@ -438,7 +461,8 @@ def _num_workers(workers: int | str) -> int:
         return 0
     if workers == "auto":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return max(1, min(8, cores - 1))
+        # torchrun's word for the number of training processes here
+        return max(1, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1))
     if isinstance(workers, str) or workers < 0:
         raise BadInput(f"workers={workers!r} must be 'auto' or a number of at least 0.")
     return workers

@@ -14,7 +14,7 @@ from vitkit.data.arrays import ArrayListing, ArrayPixels, find_idx, list_idx, li
 from vitkit.data.decode import Alpha, Reading
 from vitkit.data.files import FilePixels
 from vitkit.data.folder import Listing, list_folder
-from vitkit.data.labels import as_regression
+from vitkit.data.labels import Unknown, as_regression, check_unknown
 from vitkit.data.look import Progress, hash_lines, look, recall, remember
 from vitkit.data.named import DatasetPixels, list_digits, list_hf, list_torchvision, mirror_safe
 from vitkit.data.source import Record, Skipped, Source, Task, check_labels
@@ -37,6 +37,7 @@ def open_source(
     alpha: Alpha = "white",
     max_pixels: int = Reading().max_pixels,
     value_range: tuple[float, float] | None = None,
+    unknown: Unknown | None = None,
     memory: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> Source:
@@ -54,6 +55,9 @@ def open_source(
         alpha: what transparency becomes; see :class:`vitkit.data.decode.Reading`.
         max_pixels: larger images are skipped.
         value_range: black and white of float images; None: read off them.
+        unknown: of images whose label in a table or array is empty or −1. "skip": left out, and listed as skipped;
+            "absent", "present": −1 is 0 or 1 where labels are 0 and 1, and an empty cell 0; "class": −1 is a class.
+            None: a −1 beside two or more class numbers from 0 is left out, anything else is an error.
         memory: a file to keep the result of the check of all images in, so that the next process does not repeat it.
         progress: called as ``progress("check images", done, total)``.
 
@@ -62,6 +66,7 @@ def open_source(
     """
     if task is not None and task not in TASKS:
         raise BadInput(f"task={task!r} is unknown; it is one of {', '.join(TASKS)}.")
+    check_unknown(unknown)
     name, how = str(target), Reading(alpha, max_pixels)
     columns = Columns(path_column, label_column, group_column, split_column, weight_column)
     if name == "digits":
@@ -74,14 +79,14 @@ def open_source(
     path = Path(name).expanduser()
     _exists(path, name)
     if path.is_dir():
-        return _from_tree(FolderTree(path), name, task, how, columns, value_range, memory, progress)
+        return _from_tree(FolderTree(path), name, task, how, columns, value_range, unknown, memory, progress)
     if path.suffix.lower() == ".npz":
-        return _from_arrays(list_npz(path, task), name, task, value_range, mirror_safe(path.stem))
+        return _from_arrays(list_npz(path, task, unknown), name, task, value_range, mirror_safe(path.stem))
     if path.suffix.lower() in TABLE_ENDINGS:
         tree = FolderTree(path.parent, walkable=False)
-        return _from_table(tree, path.name, name, task, how, columns, value_range, memory, progress)
+        return _from_table(tree, path.name, name, task, how, columns, value_range, unknown, memory, progress)
     if path.suffix.lower() == ".zip":
-        return _from_tree(ZipTree(path), name, task, how, columns, value_range, memory, progress)
+        return _from_tree(ZipTree(path), name, task, how, columns, value_range, unknown, memory, progress)
     raise BadInput(
         f"{name} is a file of a kind that holds no labelled images. Give a folder of class folders, a .zip of one, a "
         ".csv, .tsv or .parquet table of paths and labels, or an .npz."
@@ -114,16 +119,19 @@ def _from_tree(
     how: Reading,
     columns: Columns,
     value_range: tuple[float, float] | None,
+    unknown: Unknown | None,
     memory: str | os.PathLike[str] | None,
     progress: Progress | None,
 ) -> Source:
     idx = find_idx(tree)
     if idx:
         # the folder is often just called "data", but the files themselves are those of MNIST and its kin
-        return _from_arrays(list_idx(tree, idx, task), name, task, value_range, mirror="fashion" in name.lower())
+        return _from_arrays(
+            list_idx(tree, idx, task, unknown), name, task, value_range, mirror="fashion" in name.lower()
+        )
     table = _table_in(tree, columns)
     if table is not None:
-        return _from_table(tree, table, name, task, how, columns, value_range, memory, progress)
+        return _from_table(tree, table, name, task, how, columns, value_range, unknown, memory, progress)
     listing = list_folder(tree)
     if task == "multilabel":
         raise BadInput(
@@ -161,6 +169,7 @@ def _from_table(
     how: Reading,
     columns: Columns,
     value_range: tuple[float, float] | None,
+    unknown: Unknown | None,
     memory: str | os.PathLike[str] | None,
     progress: Progress | None,
 ) -> Source:
@@ -168,7 +177,7 @@ def _from_table(
         data = tree.read(table)
     except OSError as error:
         raise BadInput(f"{posixpath.join(tree.root, table)} cannot be read: {error.strerror or error}.") from error
-    listing, task = list_table(read_table(data, table), tree, posixpath.dirname(table), task, columns)
+    listing, task = list_table(read_table(data, table), tree, posixpath.dirname(table), task, columns, unknown)
     return _from_files(tree, listing, name, task, how, value_range, memory, progress)
 
 
@@ -247,8 +256,9 @@ def _from_arrays(
         classes=classes,
         records=records,
         pixels=ArrayPixels(listing.blocks),
-        where=np.arange(len(records)),
+        where=listing.where,
         fingerprint=hash_lines(lines),
+        skipped=listing.skipped,
         mirror=mirror,
         value_range=value_range,
     )

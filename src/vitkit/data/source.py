@@ -150,14 +150,19 @@ class Source:
         return bool((self._sample_looks().kinds > 0).any())
 
     @property
+    def has_floats(self) -> bool:
+        """True if some images are neither 8- nor 16-bit, so that black and white are a matter of agreement."""
+        return bool((self._sample_looks().kinds == 2).any())
+
+    @property
     def unit_range(self) -> tuple[float, float]:
         """What becomes 0 and 1 in images that are neither 8- nor 16-bit."""
         if self.value_range is not None:
             return self.value_range
         looks = self._sample_looks()
-        other = looks.kinds == 2
-        if not other.any():
+        if not self.has_floats:
             return 0.0, 1.0
+        other = looks.kinds == 2
         return value_range_of(np.dtype(np.float32), float(looks.low[other].min()), float(looks.high[other].max()))
 
     def _sample_looks(self) -> Looks:

@@ -7,11 +7,24 @@ import io
 import math
 import posixpath
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import numpy as np
 
 from vitkit.data.decode import EXTENSIONS
 from vitkit.data.folder import SPLIT_NAMES, Listing
-from vitkit.data.labels import class_names, looks_continuous, natural, numbers, some, to_number
+from vitkit.data.labels import (
+    NOT_LABELLED,
+    Unknown,
+    class_names,
+    looks_continuous,
+    natural,
+    numbers,
+    settle,
+    some,
+    to_number,
+    unlabelled,
+)
 from vitkit.data.source import Record, Skipped, Split, Task
 from vitkit.data.tree import Tree
 from vitkit.errors import BadInput, MissingExtra
@@ -117,7 +130,9 @@ def usable(table: Table) -> bool:
     return _find(table, "path") is not None and bool(_label_columns(table, Columns()))
 
 
-def list_table(table: Table, tree: Tree, base: str, task: Task | None, columns: Columns) -> tuple[Listing, Task]:
+def list_table(
+    table: Table, tree: Tree, base: str, task: Task | None, columns: Columns, unknown: Unknown | None = None
+) -> tuple[Listing, Task]:
     """Records of a table, in its own order.
 
     Args:
@@ -126,6 +141,7 @@ def list_table(table: Table, tree: Tree, base: str, task: Task | None, columns: 
         base: folder of the table in the tree; paths are relative to it.
         task: None: several label columns or ``a;b`` are multilabel, numbers with decimals are regression, else classes.
         columns: which columns to use.
+        unknown: what becomes of empty labels and of −1; see :func:`vitkit.data.open_source`.
 
     Raises: BadInput for missing columns or labels, labels that do not suit the task, unknown splits, and when half or
         more of the files are absent.
@@ -138,10 +154,10 @@ def list_table(table: Table, tree: Tree, base: str, task: Task | None, columns: 
     label_columns = _label_columns(table, columns)
     if not label_columns:
         raise _no_column(table, "label")
-    _all_labelled(table, label_columns)
     task = task or _guess(table, label_columns)
+    table, left_out = _labelled(table, label_columns, task, unknown)
     labels, classes = _labels(table, label_columns, task)
-    listing = Listing([], [], classes, [])
+    listing = Listing([], [], classes, [Skipped(row[path_column], reason) for row, reason in left_out])
     splits = _splits(table, _column(table, "split", columns.split))
     weights = _weights(table, _column(table, "weight", columns.weight))
     group_column = _column(table, "group", columns.group)
@@ -211,21 +227,52 @@ def _label_columns(table: Table, columns: Columns) -> list[str]:
     return [c for c in table.columns if c.lower().startswith(("label_", "label:"))]
 
 
-def _all_labelled(table: Table, label_columns: list[str]) -> None:
-    missing = [name for name, row in zip(table.row_names, table.rows) if not all(row[c] for c in label_columns)]
-    if missing:
+def _empty(cell: str) -> bool:
+    return cell.lower() in ("", "nan")
+
+
+def _labelled(
+    table: Table, label_columns: list[str], task: Task, unknown: Unknown | None
+) -> tuple[Table, list[tuple[dict[str, str], str]]]:
+    """The rows whose labels are known, perhaps by ``unknown``, and the others with the reason why they are left out."""
+    reasons: dict[int, str] = {}
+    missing = [i for i, row in enumerate(table.rows) if any(_empty(row[c]) for c in label_columns)]
+    rows = list(table.rows)
+    if missing and unknown == "skip":
+        reasons = dict.fromkeys(missing, "its label is empty")
+    elif missing and task == "multilabel" and unknown in ("absent", "present"):
+        # what nobody mentioned is absent; only −1 is doubt
+        word = "0" if len(label_columns) > 1 else _NONE
+        for i in missing:
+            rows[i] = {**rows[i], **{c: word for c in label_columns if _empty(rows[i][c])}}
+    elif missing:
+        names = some([table.row_names[i] for i in missing])
+        hint = f', or "{_NONE}" says that no class applies' if task == "multilabel" and len(label_columns) == 1 else ""
+        hint += ', or unknown="absent" says that empty cells are 0' if len(label_columns) > 1 else ""
         raise BadInput(
-            f"{table.name}: the label is missing in {some(missing)} ({len(missing)} of {len(table.rows)} rows). "
-            f"Fill in column {', '.join(label_columns)} or remove the rows (in a multilabel table, "
-            f'"{_NONE}" says that no class applies).'
+            f"{table.name}: the label is missing in {names} ({len(missing)} of {len(rows)} rows). Fill in column "
+            f'{", ".join(label_columns)}, or leave these images out with unknown="skip" (--unknown skip){hint}.'
         )
+    if task == "classify" and len(label_columns) == 1:
+        values = [math.nan if i in reasons else to_number(row[label_columns[0]]) for i, row in enumerate(rows)]
+        if unlabelled([v for i, v in enumerate(values) if i not in reasons], unknown, table.name):
+            reasons |= {i: NOT_LABELLED for i, v in enumerate(values) if v == -1}
+    elif task == "multilabel" and len(label_columns) > 1:
+        cells = np.array([[to_number(row[c]) for c in label_columns] for row in rows])
+        settled, out = settle(cells, unknown, table.name, table.row_names)
+        reasons |= {int(i): "some of its labels are −1" for i in np.flatnonzero(out)}
+        for i, j in np.argwhere(cells == -1):
+            rows[i] = {**rows[i], label_columns[j]: f"{settled[i, j]:g}"}
+    kept = [i for i in range(len(rows)) if i not in reasons]
+    left = [(table.rows[i], reason) for i, reason in sorted(reasons.items())]
+    return replace(table, rows=[rows[i] for i in kept], row_names=[table.row_names[i] for i in kept]), left
 
 
 def _guess(table: Table, label_columns: list[str]) -> Task:
     if len(label_columns) > 1:
-        cells = {to_number(row[c]) for row in table.rows for c in label_columns}
-        return "multilabel" if cells <= {0.0, 1.0} else "regress"
-    values = [row[label_columns[0]] for row in table.rows]
+        cells = {to_number(row[c]) for row in table.rows for c in label_columns if not _empty(row[c])}
+        return "multilabel" if cells <= {0.0, 1.0, -1.0} else "regress"
+    values = [row[label_columns[0]] for row in table.rows if not _empty(row[label_columns[0]])]
     if any(";" in v for v in values):
         return "multilabel"
     return "regress" if looks_continuous(values) else "classify"

@@ -77,10 +77,13 @@ def run_evidence(
 def read_evidence(entry: Entry) -> dict[str, Any] | None:
     """The evidence file of an entry, from the project's ``evidence/`` or from the installed package; None if absent.
 
+    A baseline without an experiment of its own has that of the entry it is compared in; the record's ``name`` says
+    whose it is.
+
     Raises: BadInput if the file is damaged.
     """
     for folder in (_project_folder(), _PACKAGED):
-        path = folder / file_name(entry) if folder else None
+        path = folder / (Path(entry.evidence).name or file_name(entry)) if folder else None
         if path and path.is_file():
             try:
                 return json.loads(path.read_text(encoding="utf-8"))
@@ -96,6 +99,11 @@ def file_name(entry: Entry) -> str:
     return f"{entry.id or entry.name}.json"
 
 
+def has_experiment(entry: Entry) -> bool:
+    """Whether ``vitkit evidence`` can run something for the entry."""
+    return (Path(__file__).parent / f"{entry.name.replace('-', '_')}.py").is_file()
+
+
 def module_name(entry: Entry) -> str:
     """The module of an entry's experiment."""
     return f"vitkit.evidence.{entry.name.replace('-', '_')}"
@@ -108,8 +116,7 @@ def _experiment(entry: Entry) -> Any:
     except ModuleNotFoundError as error:
         if error.name != name:
             raise
-        here = {path.stem for path in Path(__file__).parent.glob("*.py")}
-        known = [e.name for e in load().values() if e.name.replace("-", "_") in here]
+        known = [e.name for e in load().values() if has_experiment(e)]
         raise VitkitError(
             f"{entry.name!r} has no experiment yet. These have one: {', '.join(sorted(known)) or 'none'}."
         ) from error

@@ -18,6 +18,7 @@ from vitkit.files import atomic_write, write_text
 from vitkit.models.build import create
 from vitkit.models.normalized import NormalizedModel
 from vitkit.models.swap import swap
+from vitkit.pickles import PICKLE_ENDINGS, is_pickle
 
 FORMAT = 1
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -36,6 +37,8 @@ class ModelConfig:
         image_size: (H, W) the images are resized to.
         in_chans: channels of the images.
         mean, std: of the pixels in [0, 1], per channel.
+        wide: some images it was trained on have more than 8 bits, so all were resized as floats.
+        value_range: black and white of images that are neither 8- nor 16-bit; None: it was trained on no such images.
         task: "classify", "multilabel" or "regress".
         classes: names of the outputs.
     """
@@ -48,6 +51,8 @@ class ModelConfig:
     in_chans: int = 3
     mean: tuple[float, ...] = (0.5,)
     std: tuple[float, ...] = (0.5,)
+    wide: bool = False
+    value_range: tuple[float, float] | None = None
     task: str = "classify"
     classes: tuple[str, ...] = ()
     format: int = FORMAT
@@ -116,8 +121,13 @@ def read_config(folder: str | Path) -> ModelConfig:
             missing = [n for n in needed if not isinstance(step, dict) or n not in step]
             if missing:
                 raise BadInput(f"{path}: {key}[{i}] = {step!r} lacks {' and '.join(missing)}.")
-    for key in ("image_size", "mean", "std", "classes"):
-        if key in raw:
+    values = raw.get("value_range")
+    if values is not None:
+        numbers = isinstance(values, list) and len(values) == 2 and all(isinstance(v, (int, float)) for v in values)
+        if not numbers or not values[0] < values[1]:
+            raise BadInput(f"{path}: value_range = {values!r} must be two rising numbers, black and white, or null.")
+    for key in ("image_size", "mean", "std", "classes", "value_range"):
+        if raw.get(key) is not None:
             raw[key] = tuple(raw[key])
     return ModelConfig(**raw)
 
@@ -142,15 +152,11 @@ def load_model(folder: str | Path) -> tuple[NormalizedModel, ModelConfig]:
 
 def _read_weights(path: Path) -> dict[str, torch.Tensor]:
     if not path.is_file():
-        pickles = sorted(p.name for p in path.parent.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt"))
+        pickles = sorted(p.name for p in path.parent.iterdir() if p.suffix in PICKLE_ENDINGS)
         instead = f"; {pickles[0]} beside it is a pickle, which can run code and is not read" if pickles else ""
         raise BadInput(f"{path.parent} has no {WEIGHTS}{instead}. Copy the whole folder that the study exported.")
     try:
-        with path.open("rb") as stream:
-            head = stream.read(9)
-        # eight bytes of length and a brace begin a safetensors file, and the length may itself look like a pickle
-        if head[8:] != b"{" and (head[:2] == b"PK" or head[:1] == b"\x80"):
-            # a zip (torch.save today) or a bare pickle, whatever it is called
+        if is_pickle(path):
             raise BadInput(
                 f"{path} is a pickle, which can run code when it is loaded, so it is refused. Ask for a .safetensors "
                 "file."

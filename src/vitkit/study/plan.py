@@ -12,7 +12,7 @@ from vitkit.models.io import ModelConfig
 from vitkit.study.settings import Measures, Protocol, Recipe, StudySettings
 
 # raise when a stage's meaning changes, so that results of older code are not taken for new ones
-STAGE_FORMAT = 1
+STAGE_FORMAT = 2
 
 
 def stage_key(kind: str, settings: dict[str, Any]) -> str:
@@ -81,6 +81,8 @@ class DataFacts:
     mean: list[list[float]]
     std: list[list[float]]
     num_train: int
+    wide: bool
+    value_range: tuple[float, float] | None
 
 
 def model_config(recipe: Recipe, facts: DataFacts, fold: int) -> ModelConfig:
@@ -105,6 +107,8 @@ def model_config(recipe: Recipe, facts: DataFacts, fold: int) -> ModelConfig:
         in_chans=facts.in_chans,
         mean=tuple(facts.mean[fold]),
         std=tuple(facts.std[fold]),
+        wide=facts.wide,
+        value_range=facts.value_range,
         task=facts.task,
         classes=facts.classes,
     )

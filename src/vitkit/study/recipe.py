@@ -17,7 +17,8 @@ import yaml
 from vitkit.catalogue import methods, resolve
 from vitkit.catalogue.options import options as options_of
 from vitkit.errors import BadInput, unknown
-from vitkit.study.settings import PartUse, Recipe, StudySettings, Use
+from vitkit.study.settings import PartUse, Recipe, StudySettings, Use, load_yaml
+from vitkit.study.trial import check_values
 
 BASELINE = "vit"
 
@@ -37,6 +38,7 @@ def resolve_recipes(settings: StudySettings) -> list[Recipe]:
         if any(r.name == recipe.name for r in out):
             raise BadInput(f"The recipe {recipe.name!r} is named twice; give one of them another name.")
         check_options(recipe)
+        check_values(recipe)
         out.append(recipe)
     if not out:
         raise BadInput("A study needs at least one recipe, for example --recipes vit,sinkhorn.")
@@ -112,8 +114,9 @@ def _join(recipe: Recipe, token: str, written: dict[str, Recipe]) -> Recipe:
     if slot == "base" or slot is None:
         import timm
 
-        import vitkit.models.presets  # noqa: F401 - registers the presets with timm
+        from vitkit.models.backbones import register
 
+        register()
         if timm.is_model(name.split(".")[0]):
             return recipe.model_copy(update={"base": name, "model_options": {**recipe.model_options, **options}})
         raise unknown(
@@ -129,7 +132,7 @@ def _options(pairs: list[str], token: str) -> dict[str, Any]:
         if not sep or not key:
             raise BadInput(f"{token!r}: {pair!r} is not an option; write name:key=value.")
         try:
-            out[key] = yaml.safe_load(value)
+            out[key] = load_yaml(value)
         except yaml.YAMLError as error:
             raise BadInput(
                 f"{token!r}: the value {value!r} of {key!r} cannot be read; a list is written [1,2], and text "
@@ -153,6 +156,10 @@ def _add_method(recipe: Recipe, method: Any, slot: str | None, options: dict[str
         if recipe.optimizer is not None:
             raise BadInput(f"A recipe has one optimizer; {recipe.optimizer.name!r} and {method.name!r} were given.")
         return recipe.model_copy(update={"optimizer": use})
+    if method.kind == "backbone":
+        # what a backbone's file provides are timm's entry points, which bear the names of the networks
+        base = method.dotted.partition(":")[2]
+        return recipe.model_copy(update={"base": base, "model_options": {**recipe.model_options, **options}})
     field = {"objective": "objectives", "transform": "transforms", "probe": "probes"}.get(method.kind)
     if field is None:
         raise BadInput(
@@ -234,13 +241,16 @@ def _check_network(recipe: Recipe) -> None:
     import torch
     from timm.models.vision_transformer import VisionTransformer
 
-    import vitkit.models.presets  # noqa: F401 - registers the presets with timm
+    from vitkit.models.backbones import register
 
+    register()
     base = "vit_pico" if recipe.base == "auto" else recipe.base
+    # YAML knows lists only, timm wants tuples
+    given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in recipe.model_options.items()}
     try:
         # on the meta device a network has shapes but no weights, so even a large one costs nothing
         with torch.device("meta"):
-            timm.create_model(base, **recipe.model_options)
+            timm.create_model(base, **given)
     except TypeError as error:
         name = re.search(r"unexpected keyword argument '(\w+)'", str(error))
         if name is None:
@@ -253,6 +263,9 @@ def _check_network(recipe: Recipe) -> None:
             f"Recipe {recipe.name!r}: the network {base} has no option {name[1]!r}.{hint} "
             "Options of a network are those of its constructor in timm."
         ) from error
+    except Exception:
+        # values that do not fit, which only matter if they are what does not fit: the trial tells
+        return
 
 
 def _check_measures(settings: StudySettings) -> None:

@@ -334,7 +334,7 @@ def _export_models(result: StudyResult, plan: Plan, store: Store) -> None:
         for name in ("model.safetensors", "config.json"):
             shutil.copy2(source / name, temporary / name)
         config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-        preprocessing = {k: config[k] for k in ("image_size", "in_chans", "mean", "std")}
+        preprocessing = {k: config[k] for k in ("image_size", "in_chans", "wide", "value_range", "mean", "std")}
         write_text(temporary / "preprocessing.json", json.dumps({"pixels": "0 to 1", **preprocessing}, indent=1))
         write_text(temporary / "README.md", model_card(row, result))
         shutil.rmtree(target, ignore_errors=True)

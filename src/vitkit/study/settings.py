@@ -39,6 +39,7 @@ class DataSettings(Strict):
     """Which images, and how they become tensors.
 
     ``image_size``: side in pixels, (H, W), or None for the images' own size (at most 96 px a side without a GPU).
+    ``unknown``: what becomes of images whose label is empty or −1; see :func:`vitkit.data.open_source`.
     """
 
     path: str = "digits"
@@ -47,6 +48,7 @@ class DataSettings(Strict):
     limit: int | None = Field(None, ge=1, description="use at most this many training images, stratified")
     cache_mb: int = Field(1024, ge=0)
     augment: Literal["auto", "none", "light", "strong"] = "auto"
+    unknown: Literal["skip", "absent", "present", "class"] | None = None
 
 
 class Protocol(Strict):
@@ -166,6 +168,26 @@ def parse_duration(text: str) -> float:
     return sum(float(number) * units[unit] for number, unit in parts)
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML as people write it: 1e-6 is a number, which version 1.1 takes for text unless there is a dot and a sign."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def load_yaml(text: str) -> Any:
+    """Plain data of a YAML text.
+
+    >>> load_yaml("{eps: 1e-06, steps: 3, name: e6}")
+    {'eps': 1e-06, 'steps': 3, 'name': 'e6'}
+
+    Raises: yaml.YAMLError.
+    """
+    return yaml.load(text, Loader=_Loader)
+
+
 def read_study(path: str | Path) -> StudySettings:
     """Read a study file.
 
@@ -173,7 +195,7 @@ def read_study(path: str | Path) -> StudySettings:
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
-        raw = yaml.safe_load(text)
+        raw = load_yaml(text)
     except FileNotFoundError as error:
         raise BadInput(f"There is no study file {path}.") from error
     except OSError as error:

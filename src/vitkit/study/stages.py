@@ -130,7 +130,8 @@ class Context:
 def read_facts(folder: Path) -> DataFacts:
     """The facts a data stage wrote."""
     raw = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
-    return DataFacts(**{**raw, "classes": tuple(raw["classes"]), "image_size": tuple(raw["image_size"])})
+    pairs = {k: None if raw[k] is None else tuple(raw[k]) for k in ("classes", "image_size", "value_range")}
+    return DataFacts(**{**raw, **pairs})
 
 
 _SOURCES: dict[str, Any] = {}
@@ -144,7 +145,9 @@ def open_data(data: DataSettings, root: Path, progress: Report | None = None) ->
     name = data.model_dump_json()
     if name not in _SOURCES:
         task = None if data.task == "auto" else data.task
-        _SOURCES[name] = open_source(data.path, task=task, memory=root / "data-memory.npz", progress=progress)
+        _SOURCES[name] = open_source(
+            data.path, task=task, unknown=data.unknown, memory=root / "data-memory.npz", progress=progress
+        )
     return _SOURCES[name]
 
 
@@ -190,6 +193,8 @@ def _data(context: Context, out: Path) -> None:
         # a channel that is constant in the training part would divide by zero
         std=[[max(float(v), 1e-3) for v in std] for _, std in stats],
         num_train=len(folds[0].train),
+        wide=source.wide,
+        value_range=source.unit_range if source.has_floats else None,
     )
     write_text(out / "facts.json", json.dumps(asdict(facts), indent=1))
     write_text(out / "report.json", json.dumps({"fingerprint": source.fingerprint, **report.to_dict()}, indent=1))
@@ -231,7 +236,8 @@ def _new_model(context: Context) -> tuple[Any, Any]:
     from vitkit.models.io import ModelConfig, construct
 
     raw = context.settings["config"]
-    config = ModelConfig(**{**raw, **{k: tuple(raw[k]) for k in ("image_size", "mean", "std", "classes")}})
+    names = ("image_size", "mean", "std", "classes", "value_range")
+    config = ModelConfig(**{**raw, **{k: tuple(raw[k]) for k in names if raw[k] is not None}})
     model = construct(config, pretrained=bool(context.settings.get("pretrained")))
     if context.settings.get("init"):
         from safetensors.torch import load_file
@@ -471,8 +477,6 @@ _KINDS: dict[str, Callable[[Context, Path], None]] = {
 
 def time_training(root: str, stage: Stage, study: dict[str, Any], steps: int = 4) -> float:
     """Seconds one training stage would take an epoch here, from a few steps of it; nothing is written."""
-    import tempfile
-
     from vitkit.train import Supervised, TrainSettings, fit
 
     _seed(0, 0)
@@ -495,16 +499,10 @@ def time_training(root: str, stage: Stage, study: dict[str, Any], steps: int = 4
         objective = Supervised(model, _task(context, context.facts()))
     optimizer = stage.settings.get("optimizer") or {"name": "adamw", "options": {}}
     settings = TrainSettings(
-        **{**stage.settings["train"], "epochs": 1, "early_stop": None},
+        **{**stage.settings["train"], "epochs": 2, "early_stop": None},
         optimizer=optimizer["name"],
         optimizer_options=optimizer["options"],
     )
-    with tempfile.TemporaryDirectory() as folder:
-        times = []
-        for part in (batches[:1], batches[:1], batches):
-            started = time.perf_counter()
-            fit(objective, part, None, settings=settings, out_dir=folder, resume=False)
-            times.append(time.perf_counter() - started)
-    # what a fit costs before its first step is paid once, not per step; the first round only warms up
-    extra = max(1, len(batches) - 1)
-    return max(times[2] - times[1], 1e-3 * extra) / extra * len(loader)
+    history = fit(objective, batches, None, settings=settings)
+    # the first epoch warms up, and what a fit costs before its first step is paid once
+    return max(history.rows[1]["seconds"] / len(batches), 1e-4) * len(loader)

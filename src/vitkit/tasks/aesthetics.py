@@ -145,6 +145,7 @@ class RatingReadout(nn.Module):
         drop: dropout probability.
 
     Shape: the host's states → (B, num_outputs).
+    Raises: BadInput in forward if a class token is expected and the host has only other prefix tokens.
     Paper: Charm: The Missing Piece in ViT fine-tuning for Image Aesthetic Assessment, arXiv:2504.02522.
     Departs from the paper: nothing.
     """
@@ -183,6 +184,8 @@ class RatingReadout(nn.Module):
         weight = weight.unsqueeze(-1)
         pooled = (patches * weight).sum(1) / weight.sum(1).clamp(min=1e-6)
         if self.class_token:
+            if "class" not in dict(layout.prefix):
+                raise BadInput("RatingReadout reads a class token, and this host has none; pass class_token=False.")
             pooled = torch.cat([x[:, layout.prefix_slice("class").start], pooled], dim=-1)
         return self.head(self.drop(pooled))
 

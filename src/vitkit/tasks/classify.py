@@ -92,22 +92,25 @@ class Classify:
         if self.multilabel:
             y = self.targets(labels) * (1 - self.label_smoothing) + self.label_smoothing / 2
             each = F.binary_cross_entropy_with_logits(outputs, y, weight=weights, reduction="none").mean(1)
-            share = torch.ones_like(each)
-        elif labels.ndim == 1 and not labels.is_floating_point():
-            each = F.cross_entropy(
-                outputs, labels, weight=weights, reduction="none", label_smoothing=self.label_smoothing
-            )
-            share = torch.ones_like(each) if weights is None else weights[labels]
         else:
-            y = self.targets(labels)
+            y = labels if labels.ndim == 1 and not labels.is_floating_point() else self.targets(labels)
             each = F.cross_entropy(outputs, y, weight=weights, reduction="none", label_smoothing=self.label_smoothing)
-            # a mixed label weighs as much as the classes it is made of
-            share = torch.ones_like(each) if weights is None else y @ weights
         if batch.get("weights") is not None:
-            sample = batch["weights"].to(each)
-            each, share = each * sample, share * sample
-        # an all-zero share (every image switched off) gives loss 0, not 0/0
-        return each.sum() / share.sum().clamp(min=torch.finfo(torch.float32).tiny)
+            each = each * batch["weights"].to(each)
+        # no weight at all (every image switched off) gives loss 0, not 0/0
+        return each.sum() / self.batch_weight(batch).clamp(min=torch.finfo(torch.float32).tiny)
+
+    def batch_weight(self, batch: dict[str, Any]) -> Tensor:
+        """The scalar by which :meth:`loss` divides: the images, by the weights of their classes and their own."""
+        labels = batch["labels"]
+        share = torch.ones(len(labels), device=labels.device)
+        weights = self._tensor(labels)
+        if weights is not None and not self.multilabel:
+            # a mixed label weighs as much as the classes it is made of
+            share = weights[labels] if labels.ndim == 1 else self.targets(labels) @ weights
+        if batch.get("weights") is not None:
+            share = share * batch["weights"].to(share)
+        return share.sum()
 
     def predict(self, outputs: Tensor) -> Tensor:
         """Outputs (B, K) → probabilities (B, K)."""

@@ -66,13 +66,20 @@ class Regress:
     def loss(self, outputs: Tensor, batch: dict[str, Any]) -> Tensor:
         """Outputs (B, T) and ``batch["labels"]`` (B,) or (B, T) → scalar."""
         y = self.targets(batch["labels"])
-        known = ~y.isnan()
         mean, std = y.new_tensor(self.mean), y.new_tensor(self.std)
         squared = (outputs.float() - ((y - mean) / std).nan_to_num()).square()
-        share = known.float()
+        share = self._share(batch)
+        return (squared * share).sum() / share.sum().clamp(min=torch.finfo(torch.float32).tiny)
+
+    def batch_weight(self, batch: dict[str, Any]) -> Tensor:
+        """The scalar by which :meth:`loss` divides: the known targets, by the weights of their images."""
+        return self._share(batch).sum()
+
+    def _share(self, batch: dict[str, Any]) -> Tensor:
+        share = (~self.targets(batch["labels"]).isnan()).float()
         if batch.get("weights") is not None:
             share = share * batch["weights"].to(share)[:, None]
-        return (squared * share).sum() / share.sum().clamp(min=torch.finfo(torch.float32).tiny)
+        return share
 
     def predict(self, outputs: Tensor) -> Tensor:
         """Outputs (B, T) → values (B, T) in the user's unit."""

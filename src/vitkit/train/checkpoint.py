@@ -26,10 +26,10 @@ from torch import Tensor, nn
 from vitkit.errors import BadInput, VitkitError
 from vitkit.files import write_text
 from vitkit.models.io import load_state
+from vitkit.pickles import is_pickle
 
 MODEL, TENSORS, STATE, LATEST = "model.safetensors", "trainer.safetensors", "trainer.json", "latest"
 FORMAT = 1
-_PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
 
 
 def save_checkpoint(folder: str | os.PathLike[str], step: int, model: dict[str, Tensor], state: Any) -> Path:
@@ -154,7 +154,7 @@ def load_weights(
         file = file / MODEL
     if not file.is_file():
         raise BadInput(f"There are no weights at {path}.")
-    state = _read_pickle(file, allow_pickle) if _is_pickle(file) else _read_safetensors(file)
+    state = _read_pickle(file, allow_pickle) if is_pickle(file) else _read_safetensors(file)
     own = model.state_dict()
     missing, unexpected = [k for k in own if k not in state], [k for k in state if k not in own]
     if not strict:
@@ -163,14 +163,6 @@ def load_weights(
         state = {**own, **{k: v for k, v in state.items() if k in own}}
     load_state(model, state, str(file))
     return missing, unexpected
-
-
-def _is_pickle(file: Path) -> bool:
-    with file.open("rb") as stream:
-        head = stream.read(9)
-    # a zip (torch.save today) or a bare pickle (before 1.6), whatever the file is called; eight bytes of length and a
-    # brace begin a safetensors file, and that length may itself begin like a pickle
-    return file.suffix in _PICKLES or (head[8:] != b"{" and (head[:2] == b"PK" or head[:1] == b"\x80"))
 
 
 def _read_safetensors(file: Path) -> dict[str, Tensor]:

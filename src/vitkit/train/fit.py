@@ -84,17 +84,22 @@ def fit(
     Afterwards it holds, in this order of preference, the best epoch's weights (``early_stop``), the moving average
     (``ema_decay``), the last weights. It trains on the device its parameters are on, and stays there; with
     ``devices`` above 1 (or under ``torchrun``) on that many devices, each computing its share of every batch, so that
-    the gradient is that of one device. Every process reads all batches and validates by itself.
+    the gradient is that of one device, short last batches included; a mean the model takes over the batch by itself
+    (batch norm, a balance loss) is one over the share. ``batch_size`` is that of all devices together. A loader with
+    ``shard`` reads the share only, of any other every process reads whole batches. Every process validates on all
+    validation images; the first one's scores count.
 
     Args:
         objective: ``objective(batch)`` returns a dict with a scalar ``loss``, and optionally ``logs``. Offered and
             called: ``on_epoch(epoch, total)`` of it and of every submodule, before each epoch (from 0);
             ``after_step(step, total)``; ``soft_labels(batch)`` (mixup and CutMix need it and are left out without);
-            ``evaluate(loader)``; ``task.main_metric``, the validation score that early stopping watches (higher is
-            better; the loss without one).
+            ``batch_weight(batch)``, by how much a batch counts where its loss is a weighted mean (the number of images
+            without); ``evaluate(loader)``; ``task.main_metric``, the validation score that early stopping watches
+            (higher is better; the loss without one).
         train_loader: dict batches with ``images`` (B, C, H, W) in [0, 1] and whatever the objective reads; its length
-            is the number of batches. ``set_epoch(e)``, ``start_at(batch)`` and ``keys(indices)`` are used if offered. A
-            list of batches will do.
+            is the number of batches. ``set_epoch(e)``, ``start_at(batch)``, ``keys(indices)`` and
+            ``shard(rank, world, before)`` (see :meth:`vitkit.data.loader.Loader.shard`) are used if offered. A list of
+            batches will do.
         val_loader: likewise, for validation after each epoch.
         settings: see :class:`TrainSettings`.
         out_dir: folder for checkpoints; None keeps none.
@@ -147,6 +152,10 @@ class _Run:
         self.evaluate, self.progress = evaluate, progress
         self.fabric = _fabric(objective, settings)
         self.rank, self.world = self.fabric.global_rank, self.fabric.world_size
+        # far apart, or the second process of seed 0 would draw what the first of seed 1 draws
+        self.seed = settings.seed + 1_000_003 * self.rank
+        soft = getattr(objective, "soft_labels", None)
+        self.soft_labels = soft if (settings.mixup or settings.cutmix) and callable(soft) else None
         self.sharded = settings.strategy == "fsdp" and self.world > 1
         self.batches = len(train_loader)
         self.steps_per_epoch = math.ceil(self.batches / settings.accumulate)
@@ -165,7 +174,7 @@ class _Run:
 
     def run(self) -> History:
         lock = only_run(self.out_dir) if self.out_dir is not None and self.rank == 0 else nullcontext()
-        with lock, _flags_kept(self.objective):
+        with lock, _flags_kept(self.objective), self._loader_sharded():
             found = self._find_checkpoint()
             self._prepare(found)
             self.objective.train()
@@ -176,7 +185,7 @@ class _Run:
 
     def _prepare(self, found: tuple[dict[str, Tensor], Any] | None) -> None:
         settings = self.settings
-        _seed(settings.seed + self.rank)
+        _seed(self.seed)
         device = self.fabric.device
         self.objective.to(device)
         self.format = precision.resolve(settings.precision, device)
@@ -200,7 +209,7 @@ class _Run:
         if found is not None:
             self._restore(*found)
         else:
-            _seed(settings.seed + self.rank)
+            _seed(self.seed)
 
     def _run_epoch(self) -> None:
         epoch, resumed_inside = self.epoch, self.batch > 0
@@ -235,17 +244,15 @@ class _Run:
         for group, peak in zip(self.optimizer.param_groups, self.peaks):
             group["lr"] = peak * scale
         ready = [self._make_ready(batch, self.batch + i) for i, batch in enumerate(micro)]
-        count = sum(n for _, n, _ in ready)
+        shares = self._shares(ready)
         seen: list[tuple[float, dict[str, float]]] = []
 
         def closure() -> Tensor:
             self.optimizer.zero_grad(set_to_none=True)
             total = torch.zeros((), device=self.fabric.device)
             logs: dict[str, float] = {}
-            for i, (batch, _, own) in enumerate(ready):
+            for i, ((batch, _), share) in enumerate(zip(ready, shares)):
                 last = i == len(ready) - 1
-                # the processes' gradients are averaged: each counts by its images, not by itself
-                share = own * self.world / count
                 with self.fabric.no_backward_sync(self.module, enabled=not last):
                     with precision.autocast(self.format, self.fabric.device):
                         out = self.module(batch)
@@ -324,7 +331,8 @@ class _Run:
             with torch.no_grad(), precision.autocast(self.format, self.fabric.device):
                 scores = dict(own(self.val_loader))
             self.objective.train()
-        return scores
+        # devices round differently, and a process that alone stops early leaves the others waiting
+        return scores if self.world == 1 else self.fabric.broadcast(scores)
 
     def _mean_loss(self, loader: Iterable[Batch]) -> dict[str, float]:
         total, count = 0.0, 0
@@ -387,10 +395,30 @@ class _Run:
 
     # -- batches -----------------------------------------------------------------------------------------------
 
+    @contextmanager
+    def _loader_sharded(self) -> Iterator[None]:
+        """Let a loader that can do so read this process's share of each batch only."""
+        shard = getattr(self.train_loader, "shard", None)
+        self.reads_share = self.world > 1 and callable(shard)
+        if not self.reads_share:
+            yield
+            return
+        # mixing blends each image with the one ahead of it in the batch
+        shard(self.rank, self.world, before=int(self.soft_labels is not None))  # type: ignore[misc]
+        try:
+            yield
+        finally:
+            shard(0, 1)  # type: ignore[misc]
+
     def _open_loader(self, resumed_inside: bool) -> Iterator[Batch]:
         loader = self.train_loader
         if callable(getattr(loader, "set_epoch", None)):
             loader.set_epoch(self.epoch)
+        if self.world > 1 and not self.reads_share:
+            batches = self._same_everywhere(loader)
+            for _ in range(self.batch):
+                next(batches)
+            return batches
         if not resumed_inside:
             return iter(loader)
         # loaders that draw their order from the global generator draw the same one again
@@ -406,21 +434,54 @@ class _Run:
         _set_random_state(now)
         return batches
 
-    def _make_ready(self, batch: Batch, position: int) -> tuple[Batch, int, int]:
-        """Mixed, cut to this process's share, on the device; with the images of the batch and of the share."""
-        settings = self.settings
-        soft = getattr(self.objective, "soft_labels", None)
-        if (settings.mixup or settings.cutmix) and callable(soft):
+    def _same_everywhere(self, loader: Any) -> Iterator[Batch]:
+        """A loader's batches, drawn from one random stream in all processes: they must cut shares of the same ones."""
+        with _random_state_kept():
+            _seed(self.settings.seed + self.epoch)
+            batches = iter(loader)
+            theirs = _random_state()
+        while True:
+            with _random_state_kept():
+                _set_random_state(theirs)
+                batch = next(batches, None)
+                theirs = _random_state()
+            if batch is None:
+                return
+            yield batch
+
+    def _make_ready(self, batch: Batch, position: int) -> tuple[Batch, int]:
+        """This process's share of a batch, mixed, on the device; with the number of its images."""
+        settings, n = self.settings, _size(batch)
+        if self.soft_labels is not None and n:
             number = self.epoch * self.batches + position
-            batch = mix(batch, soft(batch), settings.mixup, settings.cutmix, settings.seed, number)
-        n = own = _size(batch)
-        if self.world > 1:
-            rows = torch.arange(self.rank, n, self.world)
-            own = len(rows)
-            # a process without images still takes part in the exchange, with weight 0
-            rows = rows if own else torch.zeros(1, dtype=torch.long)
-            batch = {k: v[rows] if isinstance(v, Tensor) and len(v) == n else v for k, v in batch.items()}
-        return _to(batch, self.fabric.device), n, own
+            batch = mix(batch, self.soft_labels(batch), settings.mixup, settings.cutmix, settings.seed, number)
+        own = range(n)
+        if self.reads_share:
+            own = own[int(self.soft_labels is not None) :]
+        elif self.world > 1:
+            own = range(n * self.rank // self.world, n * (self.rank + 1) // self.world)
+        if len(own) < n:
+            batch = _rows(batch, n, own)
+        if not own:
+            # without images a process still takes part in the exchange of gradients, with weight 0
+            batch = {k: v.new_zeros(1, *v.shape[1:]) if _one_each(v, 0) else v for k, v in batch.items()}
+        return _to(batch, self.fabric.device), len(own)
+
+    def _shares(self, ready: list[tuple[Batch, int]]) -> list[float]:
+        """By how much each micro-batch's loss counts here, so that the processes' mean is the loss of one device.
+
+        A micro-batch counts by its images; within it, a process counts by what its mean was divided by.
+        """
+        counts = [float(own) for _, own in ready]
+        if self.world == 1:
+            return [n / sum(counts) for n in counts]
+        weigh = getattr(self.objective, "batch_weight", None)
+        weights = [float(weigh(batch)) if callable(weigh) and own else float(own) for batch, own in ready]
+        mine = torch.tensor([counts, weights], dtype=torch.float64, device=self.fabric.device)
+        total_counts, total_weights = self.fabric.all_reduce(mine, reduce_op="sum").tolist()  # type: ignore[union-attr]
+        shares = [w / total if total else 0.0 for w, total in zip(weights, total_weights)]
+        # the processes' gradients are averaged, not added
+        return [self.world * share * n / sum(total_counts) for share, n in zip(shares, total_counts)]
 
     def _stop_at(self, loss: float, batch: Batch, number: int) -> None:
         names = self._names(batch) or [f"batch {self.batch + number} of the epoch, whose images have no names"]
@@ -469,8 +530,7 @@ class _Run:
             return
         with _random_state_kept():
             batch = next(iter(self.train_loader))
-            n = _size(batch)
-            few = {k: v[:16] if isinstance(v, Tensor) and len(v) == n else v for k, v in batch.items()}
+            few = _rows(batch, _size(batch), range(min(16, _size(batch))))
             choice = precision.choose_attention(self.objective, _to(few, self.fabric.device), self.format)
         self.history.attention = choice.path
 
@@ -634,6 +694,11 @@ def _check(
             f"The optimizer {settings.optimizer} needs statistics of whole tensors, which fsdp shards; use "
             "strategy='ddp', or adamw or sgd."
         )
+    if torch.cuda.is_available() and settings.devices > torch.cuda.device_count() and not launch.launched():
+        raise BadInput(
+            f"devices={settings.devices}, but this machine has {torch.cuda.device_count()} GPU"
+            f"{'s' if torch.cuda.device_count() > 1 else ''}; use at most that many."
+        )
     task = getattr(objective, "task", None)
     if task is None:
         return
@@ -654,6 +719,15 @@ def _size(batch: Batch) -> int:
         if isinstance(batch.get(name), Tensor):
             return len(batch[name])
     raise BadInput(f"A batch needs a tensor 'images'; this one has {', '.join(map(str, batch))}.")
+
+
+def _one_each(value: Any, n: int) -> bool:
+    return isinstance(value, Tensor) and value.ndim > 0 and len(value) == n
+
+
+def _rows(batch: Batch, n: int, rows: range) -> Batch:
+    """Some images of a batch of n, with what belongs to them."""
+    return {k: v[rows.start : rows.stop] if _one_each(v, n) else v for k, v in batch.items()}
 
 
 def _to(batch: Batch, device: torch.device) -> Batch:

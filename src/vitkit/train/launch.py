@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
+import pickle
 import queue
 import socket
 import tempfile
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import multiprocessing, nn
 
-from vitkit.errors import VitkitError
+from vitkit.errors import BadInput, VitkitError
 from vitkit.train.checkpoint import load_checkpoint, save_checkpoint
 
 Progress = Callable[[str, int, int], None]
@@ -35,17 +36,31 @@ def spawn(
     ``worker`` returns weights and plain data; the first process's data are returned, its weights are copied into
     ``objective``. The processes find each other through the variables that ``torchrun`` sets.
 
-    Raises: VitkitError as the worker raised it.
+    Raises: VitkitError as the worker raised it; BadInput if something cannot be sent to another process.
     """
     context = multiprocessing.get_context("spawn")
+    # from a GPU every process would take its copy on that same GPU
+    sent = copy.deepcopy(objective).cpu()
     messages = context.Queue()
     with tempfile.TemporaryDirectory(prefix="vitkit-") as folder:
-        group = multiprocessing.spawn(
-            _process,
-            args=(worker, objective, processes, _free_port(), messages, folder, rest),
-            nprocs=processes,
-            join=False,
-        )
+        # torch's C++ side warns that parameters without a gradient are looked for; it reads the level as it is loaded
+        level = os.environ.get("TORCH_CPP_LOG_LEVEL")
+        os.environ["TORCH_CPP_LOG_LEVEL"] = level or "ERROR"
+        try:
+            group = multiprocessing.spawn(
+                _process,
+                args=(worker, sent, processes, _free_port(), messages, folder, rest),
+                nprocs=processes,
+                join=False,
+            )
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            raise BadInput(
+                f"The objective or its loaders cannot be sent to other processes ({error}); define their functions and "
+                "classes at the top of a module, start your script with torchrun, or use devices=1."
+            ) from error
+        finally:
+            if level is None:
+                del os.environ["TORCH_CPP_LOG_LEVEL"]
         try:
             while not group.join(timeout=0.2):
                 _forward(messages, progress)

@@ -43,6 +43,11 @@ class Supervised(nn.Module):
         logs["aux_loss"] = extra.detach()
         return {"loss": task_loss + extra, "output": output, "logs": logs}
 
+    def batch_weight(self, batch: dict[str, Any]) -> float:
+        """By how much a batch counts among others: what the task's mean is divided by, else the number of images."""
+        weigh = getattr(self.task, "batch_weight", None)
+        return float(weigh(batch)) if callable(weigh) else float(len(batch["labels"]))
+
     def soft_labels(self, batch: dict[str, Any]) -> Tensor:
         """Targets (B, K) as floats, the form in which labels can be blended."""
         return self.task.targets(batch["labels"])
