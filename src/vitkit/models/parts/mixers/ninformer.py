@@ -105,7 +105,8 @@ class NiNformer(nn.Module):
         """
         if tuple(grid) == tuple(self.grid):
             return
-        first, second = self.tokens[0], self.tokens[3]
+        first: nn.Linear = self.tokens[0]  # type: ignore[assignment]
+        second: nn.Linear = self.tokens[3]  # type: ignore[assignment]
         old, new = self.grid[0] * self.grid[1], grid[0] * grid[1]
         num_prefix = self.num_tokens - old
 
