@@ -19,13 +19,15 @@ def test_runs_at_toy_size_and_reports_every_arm(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "lows, over_learned, shown",
+    "over_none, over_learned, shown",
     [
-        ([0.1, 0.2], (0.05, 0.01, 0.1), True),
-        ([0.1, 0.2], (0.05, -0.01, 0.1), None),
-        ([0.1, 0.2], (-0.05, -0.1, 0.1), False),
-        ([-0.1, 0.2], (0.05, 0.01, 0.1), False),
+        ((0.2, 0.1, 0.3), (0.05, 0.01, 0.1), True),
+        ((0.2, 0.1, 0.3), (0.05, -0.01, 0.1), None),
+        ((0.2, 0.1, 0.3), (-0.05, -0.1, 0.1), False),
+        ((-0.2, -0.3, 0.1), (0.05, 0.01, 0.1), False),
+        # too uncertain is not contradicted
+        ((0.2, -0.1, 0.3), (0.05, 0.01, 0.1), None),
     ],
 )
-def test_the_verdict_needs_both_halves_of_the_claim(lows, over_learned, shown):
-    assert loope._verdict(lows, over_learned) is shown
+def test_the_verdict_needs_both_halves_of_the_claim(over_none, over_learned, shown):
+    assert loope._verdict([over_none, (0.3, 0.2, 0.4)], over_learned) is shown

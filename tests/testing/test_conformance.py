@@ -7,7 +7,14 @@ import torch
 from torch import nn
 
 from vitkit.catalogue import methods, resolve
-from vitkit.testing import NotConforming, check_objective, check_part, check_probe, check_transform
+from vitkit.testing import (
+    NotConforming,
+    check_backbone,
+    check_objective,
+    check_part,
+    check_probe,
+    check_transform,
+)
 from vitkit.testing.checks import PLACES
 
 TABLE = methods()
@@ -30,6 +37,16 @@ def names(kind):
 def test_parts(name):
     report = check_part(name, **OPTIONS.get(name, {}))
     assert {"shape", "gradients", "state_dict", "undo"} <= report.passed
+
+
+# the first network of a file is the one for small images, which a study takes by the method's name
+SMALL = {TABLE[n].dotted.partition(":")[0]: n for n in reversed(names("backbone"))}
+
+
+@pytest.mark.parametrize("name", sorted(SMALL.values()))
+def test_backbones(name):
+    report = check_backbone(TABLE[name].dotted.partition(":")[2], image_size=32, img_size=32)
+    assert "gradient checkpointing" in report.passed
 
 
 @pytest.mark.parametrize("name", names("transform"))

@@ -69,7 +69,7 @@ def run(seeds: tuple[int, ...] = (0, 1, 2), progress: Callable[[str, int, int], 
     rows += [_row(name, scores[name], tables[name]) for name in ARMS]
     return Evidence(
         claim="On Three-Cell, every position encoding is far above none, and LOOPE is above the learned table.",
-        shown=_verdict([low for _, low, _ in over_none.values()], over_learned),
+        shown=_verdict(list(over_none.values()), over_learned),
         rows=rows,
         notes=(
             "Mean accuracy above no positions: "
@@ -109,12 +109,12 @@ def _row(name: str, scores: list[ThreeCellScore], tables: list[PESI | None]) -> 
     return row
 
 
-def _verdict(lows_over_none: list[float], over_learned: tuple[float, float, float]) -> bool | None:
+def _verdict(over_none: list[tuple[float, float, float]], over_learned: tuple[float, float, float]) -> bool | None:
     """True when both parts of the claim hold beyond their intervals, False when one is contradicted by its mean."""
-    mean, low, _ = over_learned
-    if min(lows_over_none) > 0 and low > 0:
+    means, lows, _ = zip(*over_none, over_learned)
+    if min(lows) > 0:
         return True
-    return False if mean <= 0 or min(lows_over_none) <= 0 else None
+    return False if min(means) <= 0 else None
 
 
 def _interval(found: tuple[float, float, float]) -> str:

@@ -34,3 +34,12 @@ def dct_matrix(n: int, dtype: torch.dtype = torch.float32, device: torch.device 
     matrix = torch.cos(math.pi / (2 * n) * (2 * j + 1) * k) * math.sqrt(2 / n)
     matrix[0] = math.sqrt(1 / n)
     return matrix.to(dtype=dtype, device=device)
+
+
+def dct_rows(n: int, num_rows: int | None = None) -> Tensor:
+    """The first ``num_rows`` (None: all) rows of :func:`dct_matrix` in float64: the lowest frequencies.
+
+    >>> dct_rows(4, 2).shape
+    torch.Size([2, 4])
+    """
+    return dct_matrix(n, torch.float64)[:num_rows].clone()

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from scipy.stats import spearmanr
@@ -91,3 +93,25 @@ def test_scale_and_input_stay_out_of_it():
 def test_unusable_tables_are_refused(table):
     with pytest.raises(BadInput):
         pesi(table)
+
+
+def test_directed_monotonicity_sector_by_sector():
+    torch.manual_seed(1)
+    h, w, buckets = 4, 5, 8
+    table = torch.randn(h, w, 6).double() + 1.0
+    vectors = torch.nn.functional.normalize(table.flatten(0, 1), dim=1)
+    at = places(h, w)
+    falls = []
+    for c in range(h * w):
+        sectors: dict[int, dict[int, list[float]]] = {}
+        for j in range(h * w):
+            if j != c:
+                down, right = (at[j] - at[c]).tolist()
+                turn = (math.atan2(down, right) + math.pi) / (2 * math.pi) + 1e-12
+                rings = sectors.setdefault(int(turn * buckets) % buckets, {})
+                rings.setdefault(int(down**2 + right**2), []).append(float(vectors[c] @ vectors[j]))
+        for rings in sectors.values():
+            if sum(map(len, rings.values())) >= 3 and len(rings) >= 2:
+                radii = sorted(rings)
+                falls.append(1 - spearmanr(radii, [sum(rings[r]) / len(rings[r]) for r in radii])[0])
+    assert pesi(table, buckets).directed == pytest.approx(sum(falls) / len(falls))

@@ -10,6 +10,7 @@ from scipy.fft import dct
 from torch import Tensor
 
 from vitkit.anatomy import check
+from vitkit.compress.merge.tome import tome
 from vitkit.errors import BadInput
 from vitkit.models.dct import dct_matrix
 from vitkit.models.layout import TokenLayout
@@ -56,7 +57,6 @@ def reference(part: DCTAttention, x: Tensor) -> Tensor:
 def test_matches_the_paper_s_form(scale: str, tau: float, fused: bool) -> None:
     torch.manual_seed(0)
     part = DCTAttention(24, 3, tau=tau, scale=scale).double()
-    part.register_buffer("dct", dct_matrix(24, torch.float64)[: part.attn_dim])
     part.fused_attn = fused
     for p in part.parameters():
         torch.nn.init.normal_(p, std=0.5)
@@ -225,3 +225,21 @@ def test_every_parameter_learns_and_it_compiles() -> None:
     compiled = torch.compile(model.eval(), backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(images), model(images), rtol=1e-4, atol=1e-5)
     assert model.bfloat16()(images.bfloat16()).isfinite().all()
+
+
+def test_a_detour_through_half_precision_leaves_the_transform_exact() -> None:
+    model = host()
+    swap(model, "mixer", DCTAttention, tau=0.5)
+    images, state = torch.rand(2, 1, 10, 14), copy.deepcopy(model.state_dict())
+    before = model(images)
+    model.bfloat16()
+    assert model.blocks[0].attn.dct.value.dtype == torch.bfloat16
+    model.float().load_state_dict(state)
+    torch.testing.assert_close(model(images), before, rtol=0, atol=0)
+
+
+def test_prefix_rows_are_ordinary_rows_and_merged_tokens_work() -> None:
+    model = host(reg_tokens=4)
+    swap(model, "mixer", DCTAttention, tau=0.5)
+    merged, _ = tome(model, r=4)
+    assert merged(torch.rand(2, 1, 10, 14)).isfinite().all()

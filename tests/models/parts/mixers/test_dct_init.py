@@ -6,8 +6,11 @@ import pytest
 import timm
 import torch
 
+from vitkit.compress.merge.tome import tome
 from vitkit.errors import BadInput
+from vitkit.models.build import build
 from vitkit.models.dct import dct_matrix
+from vitkit.models.parts.mixers.dct_attention import DCTAttention
 from vitkit.models.parts.mixers.dct_init import DCTInitAttention, init_dct
 from vitkit.models.swap import swap
 from vitkit.models.vit import ViT
@@ -128,3 +131,18 @@ def test_errors_leave_the_model_alone() -> None:
     with pytest.raises(BadInput, match="freshly built"):
         init_dct(model, "v")
     assert torch.equal(model.state_dict()["blocks.0.attn.proj.weight"], before["blocks.0.attn.proj.weight"])
+
+
+def test_attention_of_another_width_is_refused() -> None:
+    model = host()
+    swap(model, "mixer", DCTAttention, tau=0.5)
+    with pytest.raises(BadInput, match="DCTAttention projects 12 of the 24 channels"):
+        swap(model, "mixer", DCTInitAttention)
+
+
+@pytest.mark.parametrize("options", [{"class_token": False, "global_pool": "avg"}, {"reg_tokens": 4}])
+def test_it_has_a_name_and_works_with_any_prefix_and_merged_tokens(options: dict) -> None:
+    model = build("vit_femto", img_size=(8, 12), patch_size=2, in_chans=2, num_classes=3, mixer="dct-init", **options)
+    assert torch.equal(model.blocks[1].attn.qkv.weight.chunk(3)[2], dct_matrix(64))
+    merged, _ = tome(model.eval(), r=3)
+    assert merged(torch.rand(2, 2, 8, 12)).isfinite().all()

@@ -49,7 +49,14 @@ def test_each_stage_shrinks_by_its_own_width(scale: str) -> None:
 
 
 def test_refuses_other_models() -> None:
-    with pytest.raises(BadInput, match="dct_attention"):
+    with pytest.raises(BadInput, match="dct-attention"):
         compress_windows(torch.nn.Linear(2, 2))
     with pytest.raises(BadInput, match="tau=0"):
         compress_windows(swin(), tau=0)
+
+
+def test_a_detour_through_half_precision_leaves_the_transform_exact() -> None:
+    small, images = compress_windows(swin(), tau=0.5), torch.rand(2, 3, 32, 32)
+    before, state = small(images), {name: value.clone() for name, value in small.state_dict().items()}
+    small.bfloat16().float().load_state_dict(state)
+    torch.testing.assert_close(small(images), before, rtol=0, atol=0)

@@ -1,16 +1,28 @@
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.integrate import quad
 from scipy.interpolate import BSpline
 
 from vitkit import swap
+from vitkit.errors import BadInput
 from vitkit.models.build import build
 from vitkit.models.parts.mlps import kan as kan_file
-from vitkit.models.parts.mlps.kan import KAN, WAVELETS, SplineLinear, WaveletLinear, bspline_basis, mother_wavelet
+from vitkit.models.parts.mlps.kan import (
+    KAN,
+    WAVELETS,
+    SplineLinear,
+    WaveletLinear,
+    bspline_basis,
+    mother_wavelet,
+    report_outside,
+)
 
 
 @given(grid=st.integers(1, 8), low=st.floats(-4, 0), width=st.floats(0.5, 6))
@@ -68,7 +80,7 @@ def test_chunked_wavelets_equal_unchunked(monkeypatch):
     layer.zero_grad()
     x.grad = None
     layer.norm.reset_running_stats()
-    monkeypatch.setattr(kan_file, "BUFFER_BYTES", 3 * 5 * 7 * 4)
+    monkeypatch.setattr(kan_file, "CPU_BUFFER_BYTES", 3 * 5 * 7 * 4)
     parts = layer(x)
     torch.testing.assert_close(parts, whole)
     parts.square().sum().backward()
@@ -167,3 +179,194 @@ def test_regularizer_reaches_the_loss():
 def test_bad_options(options):
     with pytest.raises(ValueError, match=list(options)[-1]):
         build("vit_femto", img_size=16, mlp=("kan", options))
+
+
+@pytest.mark.parametrize("psi", WAVELETS)
+def test_the_wavelet_layer_is_its_equation(psi):
+    torch.manual_seed(0)
+    layer = WaveletLinear(3, 2, psi).double().eval().requires_grad_(False)
+    for p in (layer.translation, layer.raw_scale, layer.norm.weight, layer.norm.bias):
+        torch.nn.init.normal_(p)
+    layer.norm.running_mean.normal_()
+    x = torch.randn(5, 3, dtype=torch.float64)
+    expected = torch.zeros(5, 2, dtype=torch.float64)
+    for m in range(5):
+        for o in range(2):
+            total = 0.0
+            for i in range(3):
+                scale = 0.01 + math.log1p(math.exp(float(layer.raw_scale[o, i])))
+                total += float(layer.weight[o, i]) * wavelet((float(x[m, i] - layer.translation[o, i])) / scale, psi)
+            norm = layer.norm
+            total = (total - float(norm.running_mean[o])) / math.sqrt(float(norm.running_var[o]) + norm.eps)
+            expected[m, o] = total * float(norm.weight[o]) + float(norm.bias[o])
+    # Meyer's is read from a table
+    torch.testing.assert_close(layer(x), expected, atol=2e-4 if psi == "meyer" else 1e-6, rtol=1e-6)
+
+
+def wavelet(t, psi):
+    """Written out from the definitions; Meyer's by numerical quadrature of its Fourier transform."""
+    if psi == "dog":
+        return -t * math.exp(-(t**2) / 2)
+    if psi == "mexican_hat":
+        return 2 / (math.sqrt(3) * math.pi**0.25) * (1 - t**2) * math.exp(-(t**2) / 2)
+    if psi == "morlet":
+        return math.cos(5 * t) * math.exp(-(t**2) / 2)
+    if psi == "shannon":
+        return (2 * np.sinc(2 * t) - np.sinc(t)) * math.exp(-(t**2) / 18)
+
+    def transform(omega):
+        def nu(u):
+            return u**4 * (35 - 84 * u + 70 * u**2 - 20 * u**3)
+
+        if omega < 4 * math.pi / 3:
+            size = math.sin(math.pi / 2 * nu(3 * omega / (2 * math.pi) - 1))
+        else:
+            size = math.cos(math.pi / 2 * nu(3 * omega / (4 * math.pi) - 1))
+        return size * math.cos(omega * (t - 0.5)) / math.pi
+
+    return quad(transform, 2 * math.pi / 3, 8 * math.pi / 3, limit=200)[0]
+
+
+def test_meyers_wavelet_is_orthonormal_to_its_shifts():
+    t = torch.linspace(-12, 12, 48_001, dtype=torch.float64)
+    wave = mother_wavelet("meyer", t)
+    for shift in range(4):
+        product = torch.trapezoid(wave * mother_wavelet("meyer", t - shift), t)
+        assert float(product) == pytest.approx(float(shift == 0), abs=1e-4)
+
+
+def test_meyers_wavelet_in_half_precision():
+    x = torch.linspace(-4, 5, 200).bfloat16()
+    torch.testing.assert_close(
+        mother_wavelet("meyer", x).float(), mother_wavelet("meyer", x.float()), atol=5e-3, rtol=1e-2
+    )
+
+
+def test_an_export_does_not_spoil_the_table():
+    kan_file._meyer_values.cache_clear()
+    layer = WaveletLinear(4, 3, "meyer").eval()
+    x = torch.randn(5, 4)
+    torch.export.export(layer, (x,), strict=False)
+    out = layer(x)
+    assert type(out) is torch.Tensor
+    torch.testing.assert_close(out, WaveletLinear.forward(layer.double(), x.double()).float())
+    assert type(mother_wavelet("meyer", x)) is torch.Tensor
+
+
+def test_wavelets_stay_within_their_buffer_on_a_cpu(monkeypatch):
+    sizes = []
+    wave = kan_file._wave
+    monkeypatch.setattr(
+        kan_file, "_wave", lambda rows, w, *a: sizes.append(rows.shape[0] * w.numel()) or wave(rows, w, *a)
+    )
+    layer = WaveletLinear(64, 48).eval()
+    layer(torch.randn(1000, 64))
+    assert len(sizes) > 1
+    assert max(sizes) * 4 <= kan_file.CPU_BUFFER_BYTES
+
+
+def test_one_row_is_normalised_by_the_running_statistics():
+    layer = WaveletLinear(4, 3)
+    layer.norm.running_mean.normal_()
+    x = torch.randn(1, 4)
+    expected = layer.eval()(x)
+    before = layer.norm.running_mean.clone()
+    torch.testing.assert_close(layer.train()(x), expected)
+    assert torch.equal(layer.norm.running_mean, before)
+    model = build("vit_femto", img_size=8, in_chans=1, num_classes=3)
+    swap(model, "head", "kan", kind="wavelet")
+    model.train()(torch.rand(1, 1, 8, 8)).sum().backward()
+
+
+def test_coinciding_knots_are_no_division_by_zero():
+    knots = torch.tensor([[0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 2.0, 3.0, 3.0, 3.0, 3.0]])
+    x = torch.linspace(0, 2.999, 50).unsqueeze(1).requires_grad_()
+    bases = bspline_basis(x, knots)
+    for k in range(7):
+        spline = BSpline(knots[0].double().numpy(), np.eye(7)[k], 3)
+        np.testing.assert_allclose(bases[:, 0, k].detach().numpy(), spline(x[:, 0].detach().numpy()), atol=1e-5)
+    bases.square().sum().backward()
+    assert torch.isfinite(x.grad).all()
+
+
+def test_knots_that_moved_close_together_survive_half_precision():
+    layer = SplineLinear(2, 3, 5, (-3, 3))
+    x = torch.randn(400, 2)
+    x[:200] = 1.7
+    layer.update_grid(x)
+    knots = layer.knots.clone()
+    assert layer.bfloat16()(x.bfloat16()).isfinite().all()
+    assert torch.equal(layer.float().knots, knots)
+
+
+def test_an_input_that_does_not_vary_keeps_its_grid():
+    layer = SplineLinear(3, 2, 5, (-3, 3))
+    x = torch.randn(300, 3).clamp(-2.9, 2.9)
+    x[:, 1] = 1.0
+    knots, weight = layer.knots.clone(), layer.spline_weight.detach().clone()
+    layer.update_grid(x)
+    assert torch.equal(layer.knots[1], knots[1])
+    assert torch.equal(layer.spline_weight[:, 1], weight[:, 1])
+    assert not torch.equal(layer.knots[0], knots[0])
+    assert layer(x).isfinite().all()
+    assert layer.update_grid(x[:1]) == 0
+    for wrong in (x[:0], torch.full((4, 3), torch.nan)):
+        with pytest.raises(ValueError, match="at least one, all of them finite"):
+            layer.update_grid(wrong)
+
+
+def test_many_rows_cost_no_more_memory_than_some():
+    layer = SplineLinear(1, 1, 5, (-1, 1))
+    seen = []
+    splines = layer.splines
+    layer.splines = lambda x: seen.append(len(x)) or splines(x)
+    layer.update_grid(torch.rand(100_000, 1) * 1.6 - 0.8)
+    assert max(seen) < 1000
+
+
+def test_grids_follow_the_data_before_the_chosen_epochs():
+    model = build("vit_femto", img_size=8, in_chans=1, num_classes=3, mlp=("kan", {"adapt_epochs": 1}))
+    layers = [layer for block in model.blocks for layer in block.mlp.layers]
+    start = [layer.knots.clone() for layer in layers]
+    images = torch.rand(4, 1, 8, 8)
+
+    def tell(epoch):
+        for module in model.modules():
+            if hasattr(module, "on_epoch"):
+                module.on_epoch(epoch, 3)
+
+    tell(0)
+    model.eval()(images)
+    tell(1)  # evaluation leaves nothing to adapt to
+    assert all(torch.equal(layer.knots, knots) for layer, knots in zip(layers, start))
+    model.train()(images)
+    outside = report_outside(model, images)
+    assert list(outside)[:2] == ["blocks.0.mlp.layers.0", "blocks.0.mlp.layers.1"]
+    tell(1)
+    moved = [layer.knots.clone() for layer in layers]
+    assert not any(torch.equal(a, b) for a, b in zip(start, moved))
+    assert report_outside(model, images)["blocks.0.mlp.layers.0"] == 0 < max(outside.values())
+    model.train()(images)
+    tell(2)
+    assert all(torch.equal(layer.knots, knots) for layer, knots in zip(layers, moved))
+    assert model.training
+
+
+def test_share_outside_the_grid():
+    layer = SplineLinear(2, 1, 4, (-1, 1))
+    x = torch.tensor([[-1.0, 1.0], [0.0, 2.0], [-1.5, 0.99], [0.5, 0.5]])
+    assert layer.fraction_outside(x) == 3 / 8
+    with pytest.raises(BadInput, match="no spline layers"):
+        report_outside(build("vit_femto", img_size=8), torch.rand(1, 3, 8, 8))
+
+
+def test_options_without_effect_are_refused():
+    model = build("vit_femto", img_size=8)
+    for slot, options in (
+        ("head", {"reg_weight": 0.1}),
+        ("mlp", {"kind": "wavelet", "reg_weight": 0.1}),
+        ("mlp", {"kind": "wavelet", "adapt_epochs": 2}),
+        ("mlp", {"reg_weight": -1.0}),
+    ):
+        with pytest.raises(ValueError, match="reg_weight"):
+            swap(model, slot, "kan", **options)

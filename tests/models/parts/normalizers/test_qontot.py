@@ -255,3 +255,31 @@ def test_compiles_in_one_graph() -> None:
     images = torch.rand(2, 1, 8, 8)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(images), model(images), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("forbidden", [-math.inf, torch.finfo(torch.float32).min])
+def test_scores_that_forbid_a_key_are_refused(forbidden: float) -> None:
+    scores = torch.randn(1, 2, 4, 4)
+    scores[0, 1, 2, 3] = forbidden
+    for shots in (None, 10):
+        with pytest.raises(BadInput, match="-inf.*sinkhorn"):
+            QontOT(4, shots=shots)(scores)
+    with pytest.raises(BadInput, match="-inf"):
+        host_with_circuit()(torch.rand(2, 1, 8, 8), is_causal=True)
+
+
+@pytest.mark.parametrize("broken", [math.inf, math.nan])
+def test_an_overflow_in_the_first_batch_does_not_choose_the_gain(broken: float) -> None:
+    part = QontOT(4)
+    scores = torch.randn(1, 2, 4, 4)
+    scores[0, 0, 0, 0] = broken
+    part(scores)
+    assert part.gain == 0
+    part(torch.randn(1, 2, 4, 4))
+    assert 0 < part.gain < math.inf
+
+
+def test_a_batch_without_images_passes() -> None:
+    model = host_with_circuit().eval()
+    assert model(torch.rand(0, 1, 8, 8)).shape == (0, 10)
+    assert model.blocks[0].attn.normalizer.gain == 0

@@ -94,3 +94,17 @@ def test_runs_in_a_host_compiled_and_in_half_precision() -> None:
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
     with torch.autocast("cpu", torch.bfloat16):
         assert model(images).isfinite().all()
+
+
+def test_scores_that_forbid_a_key_are_refused() -> None:
+    scores = torch.randn(1, 1, 3, 3)
+    scores[..., 0, 2] = -torch.inf
+    with pytest.raises(BadInput, match="-inf.*sinkhorn"):
+        QROrthostochastic()(scores)
+    model = ViT(img_size=8, patch_size=2, in_chans=1, num_classes=4, embed_dim=16, depth=1, num_heads=2)
+    swap(model, "normalizer", QROrthostochastic)
+    for masks in ({"is_causal": True}, {"attn_mask": torch.eye(17, dtype=torch.bool)}):
+        with pytest.raises(BadInput, match="-inf"):
+            model(torch.rand(2, 1, 8, 8), **masks)
+    # large, but a score all the same
+    assert QROrthostochastic()(torch.full((1, 1, 3, 3), -1e4)).isfinite().all()

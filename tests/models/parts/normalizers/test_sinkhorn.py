@@ -101,3 +101,22 @@ def test_runs_in_a_host_with_merged_and_padded_tokens(prefix: int) -> None:
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     images = torch.rand(2, 3, 10, 14)
     torch.testing.assert_close(compiled(images), model(images), rtol=1e-4, atol=1e-5)
+
+
+def test_forbidden_scores_stay_at_zero() -> None:
+    scores = torch.randn(2, 1, 5, 5, requires_grad=True)
+    # a ring and its diagonal: many doubly stochastic matrices are zero elsewhere
+    ring = torch.eye(5, dtype=torch.bool) | torch.eye(5, dtype=torch.bool).roll(1, 0)
+    weights = Sinkhorn(201)(scores.masked_fill(~ring, -torch.inf))
+    assert weights[:, :, ~ring].eq(0).all()
+    error = dsm_error(weights)
+    assert error.rows.max() < 1e-5 and error.columns.max() < 1e-3
+    weights.square().sum().backward()
+    assert torch.isfinite(scores.grad).all()
+
+
+def test_log_sizes_of_merged_tokens_have_no_effect_in_the_limit() -> None:
+    scores = torch.randn(2, 1, 6, 6, dtype=torch.float64)
+    sized = scores + torch.tensor([1.0, 2.0, 1.0, 4.0, 1.0, 1.0], dtype=torch.float64).log()
+    torch.testing.assert_close(Sinkhorn(301)(sized), Sinkhorn(301)(scores))
+    assert not torch.allclose(Sinkhorn(1)(sized), Sinkhorn(1)(scores))

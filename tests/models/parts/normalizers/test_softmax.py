@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from vitkit.models.build import build
 from vitkit.models.parts.normalizers.softmax import Softmax
 from vitkit.models.swap import swap
 from vitkit.models.vit import ViT
@@ -37,3 +38,23 @@ def test_a_query_without_keys_gets_zeros_and_finite_gradients() -> None:
     assert weights[0, 0, 1].eq(0).all()
     weights.square().sum().backward()
     assert torch.isfinite(scores.grad).all()
+
+
+def test_a_row_of_forbidden_scores_gives_zeros_and_finite_gradients() -> None:
+    scores = torch.randn(1, 1, 3, 4, requires_grad=True)
+    forbidden = torch.tensor([[False, True, False, True], [True] * 4, [False] * 4])
+    weights = Softmax()(scores.masked_fill(forbidden, -torch.inf))
+    torch.testing.assert_close(weights[0, 0, 0, ::2], scores[0, 0, 0, ::2].softmax(-1))
+    assert weights[0, 0, 1].eq(0).all() and weights[0, 0, 0, 1::2].eq(0).all()
+    torch.testing.assert_close(weights[0, 0, 2], scores[0, 0, 2].softmax(-1))
+    weights.square().sum().backward()
+    assert torch.isfinite(scores.grad).all()
+    assert Softmax()(torch.full((1, 1, 1, 2), torch.nan)).isnan().all()  # a broken model is seen
+
+
+def test_it_has_a_name() -> None:
+    plain = build("vit_femto", img_size=8, in_chans=1, num_classes=5).eval()
+    named = build("vit_femto", img_size=8, in_chans=1, num_classes=5, normalizer="softmax").eval()
+    named.load_state_dict(plain.state_dict())
+    images = torch.rand(3, 1, 8, 8)
+    torch.testing.assert_close(named(images), plain(images), rtol=0, atol=1e-5)

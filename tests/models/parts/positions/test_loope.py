@@ -206,3 +206,49 @@ def test_conforms_to_the_rules_of_parts(options):
 def test_table_has_the_grids_shape():
     part = LOOPE(16, (5, 7), (2, 2), order="raster")
     torch.testing.assert_close(part.table()[1, 2], reference([9], 16)[0], atol=1e-5, rtol=1e-5)
+
+
+def test_a_detour_through_half_precision_leaves_places_and_planes_exact():
+    model, _ = host()
+    wake(model.position)
+    model.eval()
+    images, state = torch.rand(2, 3, 10, 14), copy.deepcopy(model.state_dict())
+    before = model(images)
+    model.bfloat16().float().load_state_dict(state)
+    assert torch.equal(model(images), before)
+    assert not any("frequency" in name or "planes" in name or "static" in name for name in state)
+
+
+def test_planes_are_column_and_row():
+    part = LOOPE(16, (2, 3), (2, 4), in_chans=1, num_prefix=0)
+    planes = part.context.planes.value
+    assert planes.shape == (1, 2, 4, 12)
+    torch.testing.assert_close(planes[0, 0, 3], torch.arange(12) / 11)
+    torch.testing.assert_close(planes[0, 1, :, 5], torch.arange(4) / 3)
+
+
+def test_the_shift_is_the_equation_layer_by_layer():
+    torch.manual_seed(0)
+    part = LOOPE(16, (5, 7), (2, 2), in_chans=2, num_prefix=0).eval()
+    wake(part)
+    part.context.norm.running_mean.fill_(0.2)
+    part.context.norm.running_var.fill_(0.5)
+    images = torch.rand(3, 2, 10, 14)
+    rows = (torch.arange(10) / 9)[:, None].expand(10, 14)
+    cols = (torch.arange(14) / 13)[None].expand(10, 14)
+    hidden = torch.cat([images, torch.stack([cols, rows]).expand(3, -1, -1, -1)], dim=1)
+    convs = [m for m in part.context.features if isinstance(m, torch.nn.Conv2d)]
+    assert [c.out_channels for c in convs] == [32, 16, 8, 4, 1]
+    assert [c.kernel_size for c in convs] == [(2, 2)] + [(5, 5)] * 4
+    for conv in convs:
+        padding = 0 if conv.kernel_size == (2, 2) else 2
+        hidden = torch.nn.functional.conv2d(hidden, conv.weight, conv.bias, conv.stride, padding)
+        hidden = torch.nn.functional.gelu(hidden)
+    flat = ((hidden - 0.2) / (0.5 + 1e-5) ** 0.5).flatten(1)
+    expected = torch.tanh(flat @ part.context.to_shift.weight.T)
+    torch.testing.assert_close(part.context(images), expected, atol=1e-5, rtol=1e-4)
+    places = scan_order(5, 7, "gilbert").argsort() + expected
+    layout = TokenLayout(grid=(5, 7))
+    found = part.embed(torch.zeros(3, 35, 16), layout, images)
+    for b in range(3):
+        torch.testing.assert_close(found[b], reference(places[b].tolist(), 16), atol=1e-4, rtol=1e-4)

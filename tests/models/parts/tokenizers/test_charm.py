@@ -466,3 +466,48 @@ def test_wrong_options_and_inputs_are_refused():
     model, _ = host()
     with pytest.raises(BadInput, match="undo"):
         swap(model, "tokenizer", Charm)
+
+
+def test_the_fixed_draw_is_arranged_once_and_follows_weights_and_settings(monkeypatch):
+    model, _ = host(charm={"budget": 24})
+    model.eval()
+    charm, images = model.patch_embed, torch.rand(3, 3, 20, 28)
+    with torch.inference_mode():
+        first = model(images)
+    calls = []
+    choose = charm._choose
+    monkeypatch.setattr(charm, "_choose", lambda *a: calls.append(1) or choose(*a))
+    assert torch.equal(model(images), first)
+    assert not calls
+    # new weights count at once
+    other, _ = host(charm={"budget": 24}, seed=9)
+    model.load_state_dict(other.state_dict())
+    torch.testing.assert_close(model(images), other.eval()(images))
+    assert not calls
+    # so do another draw and another size
+    charm.draw = 1
+    assert not torch.equal(model(images), other(images))
+    model(torch.rand(1, 3, 24, 30))
+    assert len(calls) == 2
+    # what inference mode prepared serves in training, which draws anew
+    charm.draw = 0
+    model(images).sum().backward()
+    assert charm.scale_embed.grad.abs().sum() > 0
+    model.train()(images)
+    assert len(calls) == 3
+    torch.testing.assert_close(copy.deepcopy(model).eval()(images), other(images))
+
+
+def test_an_export_leaves_nothing_behind():
+    model, _ = host(charm={"budget": 24})
+    model.eval()
+    images = torch.rand(2, 3, 20, 28)
+    torch.export.export(model, (images,), strict=False)
+    out = model(images)
+    assert type(out) is torch.Tensor
+    assert out.isfinite().all()
+
+
+def test_a_fixed_draw_and_an_empty_batch():
+    model, _ = host(charm={"budget": 24})
+    assert model.eval()(torch.rand(0, 3, 20, 28)).shape == (0, 5)

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn import functional as F
 
+from vitkit.anatomy import check
 from vitkit.errors import BadInput
+from vitkit.models.build import build
+from vitkit.models.layout import TokenLayout
 from vitkit.models.parts.tokenizers.row_stripes import RowStripes
 from vitkit.models.swap import swap
 from vitkit.models.vit import ViT
@@ -38,3 +42,31 @@ def test_refuses_what_does_not_fit() -> None:
         RowStripes(8, 1, 4, window=9)
     with pytest.raises(BadInput, match="8 pixels wide"):
         RowStripes(8, 1, 4, window=2)(torch.rand(1, 1, 8, 7))
+    with pytest.raises(BadInput, match=r"\(B, 1, H, W\)"):
+        RowStripes(8, 1, 4, window=2)(torch.rand(1, 3, 8, 8))
+
+
+def test_its_model_is_consistent_and_other_stripes_can_take_its_place() -> None:
+    torch.manual_seed(0)
+    model = build("vit_femto", img_size=8, in_chans=1, num_classes=3, tokenizer="row-stripes")
+    check(model)
+    swap(model, "tokenizer", RowStripes, window=4, stride=4)
+    assert model.embed(torch.rand(2, 1, 8, 8))[1].grid == (2, 1)
+    check(model)
+    plain = model.get_parameter("pos_embed")[:, 1:].unflatten(1, (4, 4)).movedim(-1, 1)
+    # two stripes see the upper and the lower half of the 4×4 table
+    rows = model.patch_embed.pick_positions(model.get_parameter("pos_embed")[:, 1:], (2, 1), TokenLayout(grid=(2, 1)))
+    shrunk = F.interpolate(plain, size=(2, 1), mode="bicubic", antialias=True, align_corners=False)
+    torch.testing.assert_close(rows, shrunk.flatten(2).mT, rtol=1e-4, atol=1e-5)
+
+
+def test_feeds_a_circuit_its_power_of_two() -> None:
+    model = build(
+        "vit_femto",
+        img_size=8,
+        in_chans=1,
+        num_classes=3,
+        tokenizer=("row-stripes", {"window": 2, "stride": 1}),
+        normalizer=("qontot", {"layers": 8}),
+    )
+    assert model(torch.rand(2, 1, 8, 8)).shape == (2, 3)

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from vitkit.models.build import build
 from vitkit.models.dct import dct_matrix
+from vitkit.models.parts.tokenizers import token_graying
 from vitkit.models.parts.tokenizers.token_graying import gray
 
 
@@ -91,3 +92,38 @@ def test_images_that_cannot_be_cut_are_refused():
     model = build("vit_femto", img_size=16, patch_size=4, tokenizer="token-graying")
     with pytest.raises(ValueError, match="16×12"):
         model(torch.rand(1, 3, 16, 14))
+
+
+@pytest.mark.parametrize("mode", ["dct", "svd"])
+def test_eps_near_one_is_the_identity_in_float32(mode):
+    x = tokens(20, 12, dtype=torch.float32)
+    torch.testing.assert_close(gray(x, 1 - 1e-9, mode), x, atol=5e-6, rtol=0)
+    assert torch.equal(gray(x, 1.0, mode), x)
+
+
+@pytest.mark.parametrize("place", ["patches", "embed"])
+def test_the_matrices_are_made_once_and_stay_exact(place, monkeypatch):
+    part = ("token-graying", {"place": place, "eps": 0.7})
+    model = build("vit_femto", img_size=(12, 20), patch_size=4, num_classes=2, tokenizer=part).eval()
+    x, state = torch.rand(2, 3, 12, 20), {k: v.clone() for k, v in model.state_dict().items()}
+    before = model.tokenize(x)[0]
+    model.bfloat16().float().load_state_dict(state)
+    monkeypatch.setattr(token_graying, "dct_matrix", None)
+    assert torch.equal(model.tokenize(x)[0], before)
+
+
+def test_other_image_sizes_get_matrices_of_their_own():
+    model = build(
+        "vit_femto", img_size=(12, 20), patch_size=4, num_classes=2, dynamic_img_size=True, tokenizer="token-graying"
+    )
+    x = torch.rand(2, 3, 8, 24)
+    found, layout = model.tokenize(x)
+    assert layout.grid == (2, 6)
+    expected = gray(model.patch_embed._patches(x), 0.95) @ model.patch_embed.proj.weight.flatten(1).T
+    torch.testing.assert_close(found, expected + model.patch_embed.proj.bias, atol=1e-5, rtol=1e-4)
+
+
+def test_other_channels_are_refused():
+    model = build("vit_femto", img_size=16, patch_size=4, in_chans=1, tokenizer="token-graying")
+    with pytest.raises(ValueError, match=r"\(B, 1, H, W\)"):
+        model(torch.rand(1, 3, 16, 16))

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitkit.errors import BadInput
-from vitkit.models.dct import dct_matrix
+from vitkit.models.constant import Constant
+from vitkit.models.dct import dct_matrix, dct_rows
 from vitkit.models.spec import PartSpec
 from vitkit.models.vit import Attention
 
@@ -41,7 +42,6 @@ class DCTAttention(Attention):
 
     slot = "mixer"
     preserves = "approx"
-    dct: Tensor
 
     def __init__(
         self,
@@ -79,7 +79,7 @@ class DCTAttention(Attention):
         self.qkv = nn.Linear(self.attn_dim, 3 * self.attn_dim, bias=qkv_bias)
         # fused attention divides by √d'; what is left to reach √d goes into q
         self.q_factor = math.sqrt(head_dim * num_heads / dim) if scale == "full" else 1.0
-        self.register_buffer("dct", dct_matrix(dim)[: self.attn_dim].clone(), persistent=False)
+        self.dct = Constant(dct_rows, dim, self.attn_dim)
         for linear in (self.qkv, self.proj):
             nn.init.trunc_normal_(linear.weight, std=0.02)
             if linear.bias is not None:
@@ -117,10 +117,15 @@ class DCTAttention(Attention):
         return new
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = super().heads(F.linear(x, self.dct.to(x.dtype)))
+        q, k, v = super().heads(F.linear(x, self.dct.value))
         return q * self.q_factor, k, v
 
     def _take_over(self, old: Attention) -> None:
+        if any(hasattr(part, "rotate") for part in old.position):
+            raise BadInput(
+                "This attention turns queries and keys by their positions, so its heads cannot be written in another "
+                "basis. Start the mixer fresh with warm=False, and tau=1.0 to keep the width of the heads."
+            )
         if not all(isinstance(m, nn.Identity) for m in (old.q_norm, old.k_norm, old.norm)) or old.gate is not None:
             raise BadInput(
                 "This attention has q/k norms, an output norm or a gate, so its weights have no counterpart at another "
@@ -148,7 +153,7 @@ class DCTAttention(Attention):
         ).to(self.qkv.weight)
         factor = torch.ones_like(self.qkv.weight[:, :1])
         factor[: self.attn_dim] = self.q_factor
-        dct = dct_matrix(self.dim, torch.float64, factor.device)[: self.attn_dim]
+        dct = dct_rows(self.dim, self.attn_dim).to(factor.device)
         folded.qkv.weight.copy_(factor * (self.qkv.weight.double() @ dct))
         if self.qkv.bias is not None:
             folded.qkv.bias.copy_(factor[:, 0] * self.qkv.bias)
@@ -256,13 +261,15 @@ def report_energy(model: nn.Module, images: Tensor, tau: float = 0.75) -> dict[s
     shares: dict[str, float] = {}
 
     def record(name: str, x: Tensor) -> None:
-        attn = attns[name.removesuffix(".qkv")]
-        num_kept = attn.num_heads * kept_per_head(x.shape[-1], attn.num_heads, tau)
-        shares[name.removesuffix(".qkv")] = float(energy_kept(x, num_kept))
+        owner = name.rpartition(".")[0]
+        heads = attns[owner].num_heads
+        shares[owner] = float(energy_kept(x, heads * kept_per_head(x.shape[-1], heads, tau)))
 
     if not attns:
         raise BadInput("report_energy needs blocks with standard attention; call it before the swap.")
-    with untouched(model), linear_inputs(vit, [f"{name}.qkv" for name in attns], record):
+    # separate projections (q_proj, k_proj, v_proj) all see the same tokens
+    layers = [f"{name}.{'q_proj' if attn.qkv is None else 'qkv'}" for name, attn in attns.items()]
+    with untouched(model), linear_inputs(vit, layers, record):
         model(images)
     return shares
 

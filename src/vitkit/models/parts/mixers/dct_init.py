@@ -64,10 +64,13 @@ def init_dct(model: nn.Module, which: str = "kv", trainable: bool = True) -> tup
 class DCTInitAttention(Attention):
     """Standard attention whose projections start as the DCT matrix: :func:`init_dct` as a part, block by block.
 
-    Args of ``from_standard``: ``which`` and ``trainable`` as in :func:`init_dct`.
+    Args:
+        which: the projections: "q", "k", "v", "qk", "kv", "qv" or "qkv".
+        trainable: False keeps the chosen weights at D_C, as constants of a :class:`PartlyFixedLinear`; quantizers and
+            adapters that work on linear layers pass over it.
 
     Shape: (B, P+N, D) → (B, P+N, D).
-    Raises: BadInput if the old mixer is not standard attention with D×D projections.
+    Raises: BadInput if the old mixer is not standard attention with D×D projections, or ``which`` is none of these.
     Paper: Discrete Cosine Transform Based Decorrelated Attention for Vision Transformers, arXiv:2405.13901.
     Departs from the paper: nothing.
     """
@@ -90,6 +93,11 @@ class DCTInitAttention(Attention):
         if not isinstance(old, Attention):
             raise BadInput(f"DCT initialisation needs standard attention in the slot, not {type(old).__name__}.")
         _require_square(old.qkv, "qkv", "attn.qkv")
+        if old.qkv.in_features != spec.dim:
+            raise BadInput(
+                f"{type(old).__name__} projects {old.qkv.in_features} of the {spec.dim} channels of a token; DCT "
+                "initialisation needs the whole width, so put it in place of standard attention."
+            )
         new = cls(
             old.qkv.in_features,
             old.num_heads,

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitkit.errors import BadInput
-from vitkit.models.dct import dct_matrix
+from vitkit.models.constant import Constant
+from vitkit.models.dct import dct_rows
 from vitkit.models.parts.mixers.dct_attention import compress_projections, kept_per_head
 
 # W windows (all images) · n tokens of a window · C width · h heads
@@ -32,8 +33,6 @@ class DCTWindowAttention(WindowAttention):
     Paper: Discrete Cosine Transform Based Decorrelated Attention for Vision Transformers, arXiv:2405.13901.
     Departs from the paper: proj is stored as C' → C; the warm start is ours.
     """
-
-    dct: Tensor
 
     def __init__(self, old: WindowAttention, tau: float = 0.75, scale: str = "full") -> None:
         if not 0 < tau <= 1 or scale not in ("full", "head"):
@@ -58,11 +57,11 @@ class DCTWindowAttention(WindowAttention):
         compress_projections(old.qkv, old.proj, self.qkv, self.proj, heads, self.scale * math.sqrt(head_dim))
         with torch.no_grad():
             self.relative_position_bias_table.copy_(old.relative_position_bias_table)
-        self.register_buffer("dct", dct_matrix(dim)[:kept].clone(), persistent=False)
+        self.dct = Constant(dct_rows, dim, kept)
         self.to(old.qkv.weight).train(old.training)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        qkv = self.qkv(F.linear(x, self.dct)).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        qkv = self.qkv(F.linear(x, self.dct.value)).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)
         bias = self._get_rel_pos_bias()  # (1, h, n, n)
         if mask is not None:
@@ -84,7 +83,7 @@ def compress_windows(model: nn.Module, tau: float = 0.75, scale: str = "full") -
     if not found:
         raise BadInput(
             f"{type(model).__name__} has no window attention of timm's Swin. For a plain ViT use "
-            'swap(model, "mixer", "dct_attention").'
+            'swap(model, "mixer", "dct-attention").'
         )
     for name in found:
         owner, _, child = name.rpartition(".")

@@ -30,6 +30,24 @@ def refuse_mask(mask: Tensor | None, who: str) -> None:
         )
 
 
+def refuse_forbidden(scores: Tensor, who: str) -> None:
+    """The same for scores that forbid a key: -inf, or as good as that (below half the lowest number of their dtype).
+
+    In a compiled or exported graph nothing can be raised for the sake of values: there such scores give NaN.
+
+    Raises: BadInput if there is one.
+    """
+    # subclasses of tensors stand for values that are not known yet
+    if torch.compiler.is_compiling() or scores.is_meta or type(scores) is not Tensor:
+        return
+    if bool((scores < 0.5 * torch.finfo(scores.dtype).min).any()):
+        raise BadInput(
+            f"{who} was given scores of -inf (an attention mask such as is_causal). No matrix is doubly stochastic and "
+            "zero there in general; take the mask away, or use the normalizer 'sinkhorn', which leaves forbidden "
+            "entries at zero."
+        )
+
+
 def full_precision(scores: Tensor) -> Tensor:
     """Scores in at least float32: sums over a row lose three digits in bfloat16."""
     return scores.to(torch.promote_types(scores.dtype, torch.float32))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vitkit.errors import BadInput
-from vitkit.models.parts.normalizers.masking import full_precision, refuse_mask
+from vitkit.models.parts.normalizers.masking import full_precision, refuse_forbidden, refuse_mask
 from vitkit.models.spec import NeedsFixedGrid, PartSpec
 
 # M matrices (batch·heads) · L layers · q qubits · T tokens = 2^n · a ancillas · dimension 2^q with q = n + a
@@ -46,15 +46,16 @@ class QontOT(nn.Module):
             by gradient descent. "mixed": θ is changed by gradient-free steps in every ``on_epoch``.
         gain: factor on S (no unit). None: chosen at the first batch so that sd(gain·S) = 0.3, then fixed and saved in
             the state dict. Angles θ·S of several radians make P a chaotic, nearly uniform function of S.
-        shots: estimate every column of P from this many measurements, as hardware would; gradients pass straight
-            through. Columns still sum to 1, rows only on average. None: exact.
+        shots: estimate every column of P from this many measurements, as hardware would, in evaluation too (drawn
+            from torch's generator); gradients pass straight through. Columns still sum to 1, rows only on average.
+            None: exact.
         seed: of θ, uniform in [−π, π].
         steps: gradient-free steps an epoch in mode "mixed".
         recompute: keep only every √L-th state for the backward pass and compute the others again.
 
     Shape: scores (B, H, T, T) → (B, H, T, T), same dtype; computed in complex64, or complex128 for float64 scores.
-    Raises: BadInput if T is not a power of two, there are too few layers, an option is out of range, or a mask is
-        given; NeedsFixedGrid if the scores have another size than T×T.
+    Raises: BadInput if T is not a power of two, there are too few layers, an option is out of range, or a mask
+        or a score of -inf is given; NeedsFixedGrid if the scores have another size than T×T.
     Paper: Born et al., Quantum Doubly Stochastic Transformers, arXiv:2504.16275.
     Departs from the paper: gate layout and the order of scores over the gates are ours, as is the gain. In mode
     "mixed" a part does not see the task's loss, so its steps reduce the loss's first-order change on the last batch of
@@ -138,6 +139,7 @@ class QontOT(nn.Module):
                 f"{scores.shape[-2]}×{scores.shape[-1]}. Tokens were merged, dropped or added before it, or the image "
                 "size changed; swap the part in again for the new size."
             )
+        refuse_forbidden(scores, "QontOT")
         s = full_precision(scores)
         weights = self.weights(s * self._gain_for(s).to(s.dtype), self.theta)
         if self._records(weights):
@@ -159,10 +161,12 @@ class QontOT(nn.Module):
 
     def _gain_for(self, s: Tensor) -> Tensor:
         """The gain, chosen at the first batch. No branch on data: the graph stays whole and the GPU is not awaited."""
+        if not s.numel():
+            return torch.ones_like(self.gain)
         with torch.no_grad():
             spread = s.float().std(correction=0)
-            # equal scores (a dry run on zeros, say) tell nothing about the spread to come
-            known = (self.gain != 0) | (spread < 1e-6)
+            # equal scores (a dry run on zeros, say) tell nothing about the spread to come, an overflow even less
+            known = (self.gain != 0) | ~(spread.isfinite() & (spread >= 1e-6))
             gain = torch.where(known, self.gain, (_TARGET_SPREAD / spread.clamp(min=1e-6)).to(self.gain.dtype))
             self.gain.copy_(gain)
             return torch.where(gain == 0, torch.ones_like(gain), gain)
@@ -270,7 +274,7 @@ def _run_layers(state: Tensor, angles: Tensor, first: int) -> Tensor:
         left = 1
         for block in _blocks(gates[:, index], odd=(first + index) % 2 == 1):
             size = block.shape[-1]
-            view = state.reshape(len(state), left, size, -1)
+            view = state.reshape(len(state), left, size, state.shape[1] * state.shape[2] // (left * size))
             state = (block.unsqueeze(1) @ view).reshape(state.shape)
             left *= size
     return state

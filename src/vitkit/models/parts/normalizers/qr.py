@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vitkit.errors import BadInput
-from vitkit.models.parts.normalizers.masking import full_precision, refuse_mask
+from vitkit.models.parts.normalizers.masking import full_precision, refuse_forbidden, refuse_mask
 from vitkit.models.spec import PartSpec
 
 
@@ -26,7 +26,8 @@ class QROrthostochastic(nn.Module):
         max_gain: largest ratio of outgoing to incoming gradient norm; None leaves the gradient as it is.
 
     Shape: scores (B, H, n, n) → (B, H, n, n), same dtype; computed in float32 or more.
-    Raises: BadInput if ``ridge`` is negative or ``max_gain`` not positive, and in forward if there is a mask.
+    Raises: BadInput if ``ridge`` is negative or ``max_gain`` not positive, and in forward if there is a mask or a
+    score of -inf.
     Paper: Born et al., Quantum Doubly Stochastic Transformers, arXiv:2504.16275 (the QR baseline).
     Departs from the paper: the sign convention diag R > 0 is left out, because signs vanish in Q ⊙ Q; ridge and
     gradient clipping are ours. Pool by class token or by flattening, never by the mean (see ``Sinkhorn``).
@@ -57,6 +58,7 @@ class QROrthostochastic(nn.Module):
 
     def forward(self, scores: Tensor, mask: Tensor | None = None) -> Tensor:
         refuse_mask(mask, "The QR normalizer")
+        refuse_forbidden(scores, "The QR normalizer")
         s = full_precision(scores)
         s = s + self.ridge * torch.eye(s.shape[-1], dtype=s.dtype, device=s.device)
         return _SquaredQ.apply(s, self.max_gain).to(scores.dtype)

@@ -27,7 +27,9 @@ class Sinkhorn(nn.Module):
         tau: τ, temperature (no unit); larger is smoother and converges faster.
 
     Shape: scores (B, H, n, n), mask (B, 1, n, n) bool or None → (B, H, n, n), same dtype; computed in float32 or more.
-    With a mask (the same for queries and keys) the matrix is doubly stochastic over the valid tokens, zero elsewhere.
+    With a mask (the same for queries and keys) the matrix is doubly stochastic over the valid tokens, zero elsewhere;
+    entries with a score of -inf are zero. What is added to all scores of a key alike, such as the log size of a merged
+    token, loses its effect with every step over columns, and has none in the limit.
     Raises: BadInput if ``steps`` is even or not positive, or ``tau`` is not positive.
     Paper: Born et al., Quantum Doubly Stochastic Transformers, arXiv:2504.16275 (k = 3 and 21); the normalisation is
     that of Sander et al., Sinkformers, arXiv:2110.11773.
@@ -57,9 +59,8 @@ class Sinkhorn(nn.Module):
         forbidden = ~allowed_entries(scores, mask)
         z = (full_precision(scores) / self.tau).masked_fill(forbidden, _FORBIDDEN)
         for step in range(self.steps):
-            z = z - z.logsumexp(-1 - step % 2, keepdim=True)
-            # an empty row or column has just been lifted to finite values
-            z = z.masked_fill(forbidden, _FORBIDDEN)
+            # z − logsumexp(z) in one pass; it lifts an empty row or column to finite values, hence the second
+            z = z.log_softmax(-1 - step % 2).masked_fill(forbidden, _FORBIDDEN)
         return z.exp().to(scores.dtype)
 
     def extra_repr(self) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from vitkit.models.parts.normalizers.masking import allowed_entries, full_precision
+from vitkit.models.parts.normalizers.masking import full_precision
 from vitkit.models.spec import PartSpec
 
 
@@ -28,8 +28,10 @@ class Softmax(nn.Module):
         return cls()
 
     def forward(self, scores: Tensor, mask: Tensor | None = None) -> Tensor:
-        allowed = allowed_entries(scores, mask)
-        alive = allowed.any(-1, keepdim=True)
-        # a row of -inf alone would give NaN: let it see everything, then zero it
-        s = full_precision(scores).masked_fill(~allowed & alive, -torch.inf).masked_fill(~alive, 0.0)
-        return (s.softmax(-1) * alive).to(scores.dtype)
+        s = full_precision(scores)
+        if mask is not None:
+            s = s.masked_fill(~mask, -torch.inf)
+        # a row of -inf alone would give NaN: the lowest number makes it uniform, then it is zeroed
+        lowest = torch.finfo(s.dtype).min
+        s = s.clamp(min=lowest)
+        return (s.softmax(-1) * (s.amax(-1, keepdim=True) > lowest)).to(scores.dtype)

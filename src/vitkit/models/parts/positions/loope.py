@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitkit.errors import BadInput, unknown
+from vitkit.models.constant import Constant
 from vitkit.models.layout import TokenLayout
 from vitkit.models.scan_order import scan_order, visit_index
 from vitkit.models.spec import NeedsFixedGrid, PartSpec
@@ -39,7 +40,7 @@ class LOOPE(nn.Module):
             :func:`vitkit.models.scan_order.scan_order`.
         context: False leaves X_C out: a static code without weights except the prefix's.
 
-    Shape: x (B, P+N, D), images (B, C, H, W) → (B, P+N, D), dtype of x; the code itself is computed in float32.
+    Shape: x (B, P+N, D), images (B, C, H, W) → (B, P+N, D), dtype of x; places and code are computed in float32.
     Raises: BadInput if ``dim`` is odd or the number of prefix tokens differs; UnknownName for another ``order``;
         NeedsFixedGrid if ``context`` is on and the grid is another one than at construction; ValueError on tokens that
         are no full grid.
@@ -72,6 +73,9 @@ class LOOPE(nn.Module):
         self.dim, self.grid, self.order = dim, (grid[0], grid[1]), order
         self.num_prefix = num_prefix
         self.register_buffer("visit", visit_index(scan_order(*self.grid, order)), persistent=False)
+        # rounded to bfloat16 they would put distant patches in one place
+        self.frequency = Constant(frequencies, dim, at_least=torch.float32)
+        self.static = None if context else Constant(static_code, *self.grid, order, dim)
         self.prefix = nn.Parameter(torch.empty(1, num_prefix, dim).normal_(std=0.02)) if num_prefix else None
         self.context = PatchShift(self.grid, patch_size, in_chans) if context else None
 
@@ -86,7 +90,10 @@ class LOOPE(nn.Module):
         """Add the code to tokens (B, P+N, D) that carry no positions yet."""
         if layout.num_prefix != self.num_prefix:
             raise BadInput(f"LOOPE was built for {self.num_prefix} prefix tokens and got {layout.num_prefix}.")
-        code = self.code(self.places(layout, images)).to(x.dtype)
+        if self.static is not None and tuple(layout.require_full_grid("LOOPE")) == self.grid:
+            code = self.static.value.to(x.dtype)
+        else:
+            code = self.code(self.places(layout, images)).to(x.dtype)
         if self.prefix is not None:
             code = torch.cat([self.prefix.to(x.dtype).expand(code.shape[0], -1, -1), code], dim=1)
         return x + code
@@ -108,10 +115,7 @@ class LOOPE(nn.Module):
 
     def code(self, places: Tensor) -> Tensor:
         """E(X): places (B, N) → (B, N, D), float32."""
-        # from integers each time: a buffer would be rounded by model.to(bfloat16)
-        k = torch.arange(self.dim // 2, device=places.device, dtype=torch.float32)
-        angle = places[..., None] * 10000.0 ** (-2 * k / self.dim)
-        return torch.cat([angle.sin(), angle.cos()], dim=-1)
+        return sinusoid(places, self.frequency.value.to(torch.float32))
 
     @torch.no_grad()
     def table(self) -> Tensor:
@@ -125,6 +129,30 @@ class LOOPE(nn.Module):
 
     def extra_repr(self) -> str:
         return f"grid={self.grid}, order={self.order!r}"
+
+
+def frequencies(dim: int) -> Tensor:
+    """W_k = 10000^{−2k/D} of k = 0 … D/2−1, float64."""
+    return 10000.0 ** (-2 * torch.arange(dim // 2, dtype=torch.float64) / dim)
+
+
+def sinusoid(places: Tensor, frequency: Tensor) -> Tensor:
+    """``[sin(X Wᵀ) | cos(X Wᵀ)]``: places (…, N) and frequencies (D/2,) → (…, N, D)."""
+    angle = places[..., None] * frequency
+    return torch.cat([angle.sin(), angle.cos()], dim=-1)
+
+
+def static_code(h: int, w: int, order: str, dim: int) -> Tensor:
+    """E(X_G) of an h×w grid, (1, N, D); in float32, to equal the code of an image without a shift to the last bit."""
+    visit = visit_index(scan_order(h, w, order)).to(torch.float32)
+    return sinusoid(visit, frequencies(dim).to(torch.float32))[None]
+
+
+def coordinate_planes(h: int, w: int) -> Tensor:
+    """Column and row of every pixel in [0, 1], (1, 2, h, w) float64."""
+    rows = torch.linspace(0, 1, h, dtype=torch.float64)[:, None].expand(h, w)
+    cols = torch.linspace(0, 1, w, dtype=torch.float64)[None].expand(h, w)
+    return torch.stack([cols, rows])[None]
 
 
 class PatchShift(nn.Module):
@@ -146,6 +174,7 @@ class PatchShift(nn.Module):
     ) -> None:
         super().__init__()
         self.size = (grid[0] * patch_size[0], grid[1] * patch_size[1])
+        self.planes = Constant(coordinate_planes, *self.size)
         layers: list[nn.Module] = [nn.Conv2d(in_chans + 2, channels[0], patch_size, stride=patch_size), nn.GELU()]
         for before, after in pairwise(channels):
             layers += [nn.Conv2d(before, after, 5, padding=2), nn.GELU()]
@@ -160,10 +189,7 @@ class PatchShift(nn.Module):
         if tuple(images.shape[-2:]) != self.size:
             # in float32: bilinear resizing of bfloat16 is not available everywhere
             images = F.interpolate(images.float(), size=self.size, mode="bilinear").to(images.dtype)
-        h, w = self.size
-        dtype = self.to_shift.weight.dtype
-        rows = torch.linspace(0, 1, h, device=images.device, dtype=dtype)[:, None].expand(h, w)
-        cols = torch.linspace(0, 1, w, device=images.device, dtype=dtype)[None].expand(h, w)
-        planes = torch.stack([cols, rows]).expand(len(images), -1, -1, -1)
-        hidden = self.norm(self.features(torch.cat([images.to(dtype), planes], dim=1)))
+        planes = self.planes.value
+        pixels = torch.cat([images.to(planes.dtype), planes.expand(len(images), -1, -1, -1)], dim=1)
+        hidden = self.norm(self.features(pixels))
         return self.to_shift(hidden.flatten(1)).float().tanh() * _BELOW_ONE

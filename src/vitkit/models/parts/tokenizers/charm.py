@@ -21,6 +21,8 @@ from vitkit.models.spec import PartSpec
 # H_c×W_c cells in an image · n_s of them at scale s · N tokens
 
 SELECTIONS = ("random", "saliency", "frequency", "gradient", "entropy")
+# image sizes whose fixed draw is remembered
+_MAX_KEPT = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,9 +55,30 @@ class CharmPlan:
 
 @dataclass(frozen=True, eq=False)
 class CharmLayout(TokenLayout):
-    """A layout that also knows the plan of every image (one plan if they all have the same size)."""
+    """A layout that also knows where its tokens come from.
+
+    Attributes:
+        plans: of every image; one if they all have the same size.
+        table_rows: (1 or B, N), each token's row in the position tables of all scales, one after another; None while
+            all images are within the budget.
+    """
 
     plans: tuple[CharmPlan, ...] = ()
+    table_rows: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class _Arrangement:
+    """Which patches are shown: of one image for all, or of every image (first axis 1 or B).
+
+    places: per scale, patch numbers on its whole grid; the others as in :class:`CharmLayout`.
+    """
+
+    places: tuple[Tensor, ...]
+    coords: Tensor
+    scale_id: Tensor
+    table_rows: Tensor
+    source: Tensor
 
 
 class Charm(nn.Module):
@@ -142,6 +165,7 @@ class Charm(nn.Module):
         self.scales, self.factor, self.select, self.saliency = scales, factor, select, saliency
         self.eval_repeats, self.shrink_above, self.seed = eval_repeats, shrink_above, seed
         self.draw = 0
+        self._fixed_arrangements: dict[tuple[CharmPlan, int, int, torch.device], _Arrangement] = {}
         if budget is not None and budget < scales:
             raise BadInput(f"budget={budget} tokens cannot hold {scales} scales; give at least {scales}.")
         self.budget = budget if budget is not None else self._default_budget()
@@ -261,32 +285,66 @@ class Charm(nn.Module):
         if not plan.counts:
             grid = (plan.padded[0] // self.patch_size[0], plan.padded[1] // self.patch_size[1])
             return self._embed(images).flatten(2).transpose(1, 2).contiguous(), CharmLayout(grid=grid, plans=(plan,))
-        chosen = self._choose(images, plan)
-        tokens, coords, scale_ids = [], [], []
-        for scale, cells in enumerate(chosen):
-            if not cells.shape[1]:
+        shown = self._arrangement(images, plan)
+        batch, tokens = len(images), []
+        for scale, place in enumerate(shown.places):
+            if not place.shape[1]:
                 continue
+            size = tuple(n // self.sides[-1] * self.sides[scale] for n in plan.padded)
+            table = self._embed(images if scale == self.scales - 1 else _resize(images, size)).flatten(2).mT
+            tokens.append(table.gather(1, place.unsqueeze(-1).expand(batch, -1, table.shape[-1])))
+        layout = CharmLayout(
+            grid=(plan.cells[0] * self.sides[-1], plan.cells[1] * self.sides[-1]),
+            coords=shown.coords.expand(batch, -1, -1),
+            scale_id=shown.scale_id.expand(batch, -1),
+            source=shown.source.expand(batch, -1),
+            plans=(plan,),
+            table_rows=shown.table_rows,
+        )
+        return torch.cat(tokens, dim=1), layout
+
+    def _arrangement(self, images: Tensor, plan: CharmPlan) -> _Arrangement:
+        """Drawn for every image, or, where the draw is fixed and blind to the image, once for all and kept."""
+        if self.training or self.select != "random":
+            return self._arrange(images, plan)
+        # stands for any one image
+        nobody = torch.empty(1, device=images.device)
+        # what a tracer makes are not the values themselves, and must not stay
+        if torch.compiler.is_compiling() or type(images) is not Tensor:
+            return self._arrange(nobody, plan)
+        key = (plan, self.seed, self.draw, images.device)
+        if key not in self._fixed_arrangements:
+            if len(self._fixed_arrangements) >= _MAX_KEPT:
+                self._fixed_arrangements.clear()
+            # tensors of inference mode could not take part in training later
+            with torch.inference_mode(False), torch.no_grad():
+                self._fixed_arrangements[key] = self._arrange(nobody, plan)
+        return self._fixed_arrangements[key]
+
+    def _arrange(self, images: Tensor, plan: CharmPlan) -> _Arrangement:
+        chosen = self._choose(images, plan)
+        places, coords, scale_ids, rows = [], [], [], []
+        first_row = 0
+        for scale, cells in enumerate(chosen):
             place = self._places(cells, scale, plan)
             if scale == 0 and plan.kept_coarse < plan.num_coarse:
                 order = self._random(place.shape, images.device, stream=0).argsort(dim=1)
                 place = place.gather(1, order[:, : plan.kept_coarse].sort(dim=1).values)
-            size = tuple(n // self.sides[-1] * self.sides[scale] for n in plan.padded)
-            shown = images if scale == self.scales - 1 else _resize(images, size)
-            table = self._embed(shown).flatten(2).transpose(1, 2)
-            tokens.append(table.gather(1, place.unsqueeze(-1).expand(-1, -1, table.shape[-1])))
             grid_h, grid_w = (n * self.sides[scale] for n in plan.cells)
             row = torch.div(place, grid_w, rounding_mode="floor")
+            places.append(place)
             coords.append(torch.stack([(row + 0.5) / grid_h, (place - row * grid_w + 0.5) / grid_w], dim=-1))
             scale_ids.append(torch.full_like(place, scale))
-        scale_id, coord = torch.cat(scale_ids, dim=1), torch.cat(coords, dim=1)
-        layout = CharmLayout(
-            grid=(plan.cells[0] * self.sides[-1], plan.cells[1] * self.sides[-1]),
-            coords=coord,
-            scale_id=scale_id,
-            source=self._source(chosen, coord, scale_id, plan),
-            plans=(plan,),
+            rows.append(place + first_row)
+            first_row += grid_h * grid_w
+        table_rows = torch.cat(rows, dim=1)
+        return _Arrangement(
+            places=tuple(places),
+            coords=torch.cat(coords, dim=1),
+            scale_id=torch.cat(scale_ids, dim=1),
+            table_rows=table_rows,
+            source=self._source(chosen, table_rows, plan),
         )
-        return torch.cat(tokens, dim=1), layout
 
     def _embed(self, images: Tensor) -> Tensor:
         """(B, C, h·p, w·p) → (B, D, h, w) by the host's projection and norm."""
@@ -302,11 +360,11 @@ class Charm(nn.Module):
         corner = row * side * (cells_w * side) + (cells - row * cells_w) * side
         return (corner[:, :, None] + offset).flatten(1)
 
-    def _source(self, chosen: list[Tensor], coords: Tensor, scale_id: Tensor, plan: CharmPlan) -> Tensor:
+    def _source(self, chosen: list[Tensor], table_rows: Tensor, plan: CharmPlan) -> Tensor:
         """(B, N_1): the row that shows the centre of every full-resolution patch, -1 where it was dropped."""
-        batch, num_tokens = scale_id.shape
+        batch, num_tokens = table_rows.shape
         (cells_h, cells_w), largest = plan.cells, self.sides[-1]
-        device = coords.device
+        device = table_rows.device
         scale_of = torch.zeros(batch, cells_h * cells_w, dtype=torch.long, device=device)
         for number, cells in enumerate(chosen):
             scale_of = scale_of.scatter(1, cells, number)
@@ -324,18 +382,10 @@ class Charm(nn.Module):
         # one table for all scales: a block of k_s² times the cells each
         start = F.pad(side.square().cumsum(0), (1, 0))[:-1] * (cells_h * cells_w)
         wanted = start[scale] + row * (cells_w * own) + col
-        token = start[scale_id] + self._on_grid(coords, scale_id, plan)
         total = cells_h * cells_w * sum(s**2 for s in self.sides)
         held = torch.full((batch, total), -1, dtype=torch.long, device=device)
-        held = held.scatter(1, token, torch.arange(num_tokens, device=device).expand(batch, -1))
+        held = held.scatter(1, table_rows, torch.arange(num_tokens, device=device).expand(batch, -1))
         return held.gather(1, wanted)
-
-    def _on_grid(self, coords: Tensor, scale_id: Tensor, plan: CharmPlan) -> Tensor:
-        """Patch number of every token on the whole grid of its own scale, (B, N)."""
-        side = torch.tensor(self.sides, device=coords.device)[scale_id]
-        row = (coords[..., 0] * (side * plan.cells[0])).floor().long()
-        col = (coords[..., 1] * (side * plan.cells[1])).floor().long()
-        return row * (side * plan.cells[1]) + col
 
     def _pack(self, parts: list[tuple[Tensor, TokenLayout]]) -> tuple[Tensor, TokenLayout]:
         """Images of different sizes, each (1, N_i, D), as one batch padded to the longest."""
@@ -344,7 +394,7 @@ class Charm(nn.Module):
         longest = max(x.shape[1] for x, _ in parts)
         grid = (max(t.grid[0] for _, t in parts), max(t.grid[1] for _, t in parts))
         device = parts[0][0].device
-        tokens, coords, scale_ids, sources, lengths = [], [], [], [], []
+        tokens, coords, scale_ids, rows, sources, lengths = [], [], [], [], [], []
         for x, layout in parts:
             missing = longest - x.shape[1]
             if self.mask_token is not None:
@@ -358,6 +408,8 @@ class Charm(nn.Module):
             if scale_id is None:
                 scale_id = torch.full(x.shape[:2], self.scales - 1, device=device)
             scale_ids.append(F.pad(scale_id, (0, missing)))
+            table_rows = getattr(layout, "table_rows", None)
+            rows.append(torch.zeros_like(scale_ids[-1]) if table_rows is None else F.pad(table_rows, (0, missing)))
             source = layout.source_indices(1, device).unflatten(1, layout.grid)
             sources.append(
                 F.pad(source, (0, grid[1] - source.shape[2], 0, grid[0] - source.shape[1]), value=-1).flatten(1)
@@ -371,6 +423,7 @@ class Charm(nn.Module):
             source=torch.cat(sources),
             scale_id=torch.cat(scale_ids),
             plans=tuple(plan for _, layout in parts for plan in getattr(layout, "plans", ())),
+            table_rows=torch.cat(rows),
         )
         return torch.cat(tokens), packed
 
@@ -388,29 +441,25 @@ class Charm(nn.Module):
         """
         if not isinstance(layout, CharmLayout) or not layout.plans:
             raise BadInput("Charm picks positions only for the layout that it returned itself.")
-        if len(layout.plans) == 1 and layout.valid is None:
-            return self._positions(table, grid, layout.plans[0], layout.coords, layout.scale_id)
-        rows = []
+        rows = layout.table_rows
+        if rows is None or (len(layout.plans) == 1 and layout.valid is None):
+            return self._positions(table, grid, layout.plans[0], rows)
+        longest, packed = rows.shape[1], []
         for index, plan in enumerate(layout.plans):
-            assert layout.coords is not None and layout.scale_id is not None
-            coords = layout.coords[index : index + 1, : plan.num_tokens]
-            found = self._positions(table, grid, plan, coords, layout.scale_id[index : index + 1, : plan.num_tokens])
-            rows.append(F.pad(found, (0, 0, 0, layout.coords.shape[1] - plan.num_tokens)))
-        return torch.cat(rows)
+            found = self._positions(table, grid, plan, rows[index : index + 1, : plan.num_tokens])
+            packed.append(F.pad(found, (0, 0, 0, longest - plan.num_tokens)))
+        return torch.cat(packed)
 
-    def _positions(
-        self, table: Tensor, grid: tuple[int, ...], plan: CharmPlan, coords: Tensor | None, scale_id: Tensor | None
-    ) -> Tensor:
+    def _positions(self, table: Tensor, grid: tuple[int, ...], plan: CharmPlan, rows: Tensor | None) -> Tensor:
         if not plan.counts:
             own = (plan.padded[0] // self.patch_size[0], plan.padded[1] // self.patch_size[1])
             return _interpolate(table, grid, own)
-        assert coords is not None and scale_id is not None
         per_scale = [
             _interpolate(table, grid, (plan.cells[0] * side, plan.cells[1] * side))[0] + self.scale_embed[scale]
             for scale, side in enumerate(self.sides)
         ]
-        sizes = torch.tensor([0] + [len(rows) for rows in per_scale[:-1]], device=table.device)
-        return torch.cat(per_scale)[sizes.cumsum(0)[scale_id] + self._on_grid(coords, scale_id, plan)]
+        assert rows is not None
+        return torch.cat(per_scale)[rows]
 
     # -- selection ---------------------------------------------------------------------------------------------
 

@@ -26,7 +26,7 @@ class RowStripes(nn.Module):
         host_grid: the patch grid that the host's position table was made for, when it is not the stripes' own.
 
     Shape: (B, C, H', W) → (B, N, D) and a layout with grid (N, 1). H' may differ from H, W may not.
-    Raises: BadInput if a stripe does not fit into the image, or an image has another width.
+    Raises: BadInput if a stripe does not fit into the image, or an image has another width or other channels.
     Paper: the tokenization of Born et al., Quantum Doubly Stochastic Transformers, arXiv:2504.16275.
     Departs from the paper: window and stride are free.
     """
@@ -65,10 +65,16 @@ class RowStripes(nn.Module):
     ) -> RowStripes:
         """Stripes as high as a patch unless ``window`` says otherwise; patch weights do not fit, so a fresh start."""
         window = spec.patch_size[0] if window is None else window
-        return cls(spec.image_size, spec.in_chans, spec.dim, window, stride, host_grid=spec.grid)
+        # stripes in place of other stripes: the table still is the one of the patches
+        made_for = getattr(old, "host_grid", None) or spec.grid
+        return cls(spec.image_size, spec.in_chans, spec.dim, window, stride, host_grid=made_for)
 
     def forward(self, images: Tensor) -> tuple[Tensor, TokenLayout]:
         height, width = images.shape[-2:]
+        if images.ndim != 4 or images.shape[1] != self.proj.in_channels:
+            raise BadInput(
+                f"RowStripes is built for images (B, {self.proj.in_channels}, H, W), not {tuple(images.shape)}."
+            )
         if width != self.img_size[1] or height < self.patch_size[0]:
             raise BadInput(
                 f"RowStripes is built for images {self.img_size[1]} pixels wide and at least {self.patch_size[0]} "

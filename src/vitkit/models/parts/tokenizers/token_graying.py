@@ -9,7 +9,8 @@ from timm.layers import PatchEmbed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vitkit.models.dct import dct_matrix
+from vitkit.models.constant import Constant
+from vitkit.models.dct import dct_matrix, dct_rows
 from vitkit.models.layout import TokenLayout
 from vitkit.models.rehost import adopt
 from vitkit.models.spec import PartSpec
@@ -38,7 +39,8 @@ class TokenGraying(PatchEmbed):
 
     Shape: images (B, C, H, W) → tokens (B, N, D), layout.
 
-    Raises: ValueError for an unknown mode or place, or ε outside (0, 1].
+    Raises: ValueError for an unknown mode or place, ε outside (0, 1], another tokenizer than a plain patch embedding
+        in the slot, or images with other channels or no whole number of patches.
 
     Paper: Always Skip Attention, arXiv:2505.01996.
 
@@ -52,6 +54,8 @@ class TokenGraying(PatchEmbed):
     mode: str
     eps: float
     place: str
+    rows: Constant | None
+    cols: Constant | None
 
     @classmethod
     def from_standard(
@@ -76,6 +80,11 @@ class TokenGraying(PatchEmbed):
             )
         new = adopt(cls, old)
         new.mode, new.eps, new.place = mode, float(eps), place
+        new.rows = new.cols = None
+        if mode == "dct":
+            width = spec.dim if place == "embed" else old.proj.weight[0].numel()
+            new.rows = Constant(dct_rows, spec.num_patches, at_least=torch.float32)
+            new.cols = Constant(dct_rows, width, at_least=torch.float32)
         if not warm:
             conv = old.proj
             size = (int(old.patch_size[0]), int(old.patch_size[1]))
@@ -86,16 +95,27 @@ class TokenGraying(PatchEmbed):
         grid = self.dynamic_feat_size((images.shape[-2], images.shape[-1]))
         patches, grid = self._patches(images), (int(grid[0]), int(grid[1]))
         if self.place == "patches":
-            patches = gray(patches, self.eps, self.mode)
+            patches = self._gray(patches)
         weight = self.proj.weight.flatten(1)
         tokens = self.norm(F.linear(patches, weight, self.proj.bias))
         if self.place == "embed":
-            tokens = gray(tokens, self.eps, self.mode)
+            tokens = self._gray(tokens)
         return tokens, TokenLayout(grid=grid)
+
+    def _gray(self, tokens: Tensor) -> Tensor:
+        if self.rows is None or self.cols is None:
+            return gray(tokens, self.eps, self.mode)
+        # images of another size have another number of positions
+        rows = self.rows.value if tokens.shape[-2] == len(self.rows.value) else None
+        return gray(tokens, self.eps, self.mode, rows, self.cols.value)
 
     def _patches(self, images: Tensor) -> Tensor:
         """(B, C, H, W) → (B, N, C·p_h·p_w) in the order of the projection's weights."""
         h, w = self.patch_size
+        if images.ndim != 4 or images.shape[1] != self.proj.in_channels:
+            raise ValueError(
+                f"Token Graying was built for images (B, {self.proj.in_channels}, H, W) and got {tuple(images.shape)}."
+            )
         if self.dynamic_img_pad:
             images = F.pad(images, (0, -images.shape[-1] % w, 0, -images.shape[-2] % h))
         elif images.shape[-2] % h or images.shape[-1] % w:
@@ -107,24 +127,29 @@ class TokenGraying(PatchEmbed):
         return cut.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
 
-def gray(tokens: Tensor, eps: float, mode: str = "dct") -> Tensor:
+def gray(
+    tokens: Tensor, eps: float, mode: str = "dct", rows: Tensor | None = None, cols: Tensor | None = None
+) -> Tensor:
     """Compress the spectrum of token matrices (B, N, K); computed in float32 or wider, returned in the input's dtype.
 
     Args:
         tokens: (B, N, K).
         eps: exponent ε.
         mode: "dct" or "svd".
+        rows, cols: the DCT matrices (N, N) and (K, K), where they are at hand.
     """
     if eps == 1:
         return tokens
     work = tokens if tokens.dtype == torch.float64 else tokens.float()
     with torch.autocast(tokens.device.type, enabled=False):
-        return (_gray_dct if mode == "dct" else _gray_svd)(work, eps).to(tokens.dtype)
+        if mode == "svd":
+            return _gray_svd(work, eps).to(tokens.dtype)
+        rows = dct_matrix(work.shape[-2], work.dtype, work.device) if rows is None else rows.to(work.dtype)
+        cols = dct_matrix(work.shape[-1], work.dtype, work.device) if cols is None else cols.to(work.dtype)
+        return _gray_dct(work, eps, rows, cols).to(tokens.dtype)
 
 
-def _gray_dct(x: Tensor, eps: float) -> Tensor:
-    rows = dct_matrix(x.shape[-2], x.dtype, x.device)
-    cols = dct_matrix(x.shape[-1], x.dtype, x.device)
+def _gray_dct(x: Tensor, eps: float, rows: Tensor, cols: Tensor) -> Tensor:
     y = rows @ x @ cols.T
     size = y.abs()
     # an all-zero image has no largest coefficient; any positive one keeps it at zero
