@@ -42,41 +42,53 @@ class DataSettings(Strict):
     ``unknown``: what becomes of images whose label is empty or −1; see :func:`vitkit.data.open_source`.
     """
 
-    path: str = "digits"
-    task: Literal["auto", "classify", "multilabel", "regress"] = "auto"
-    image_size: int | tuple[int, int] | None = None
+    path: str = Field(
+        "digits", description="`digits`, a folder, zip, table or array file, `torchvision:NAME`, `hf:NAME`"
+    )
+    task: Literal["auto", "classify", "multilabel", "regress"] = Field("auto", description="auto: told by the labels")
+    image_size: int | tuple[int, int] | None = Field(
+        None, description="side in pixels or [height, width]; None: the images' own, at most 96 without a GPU"
+    )
     limit: int | None = Field(None, ge=1, description="use at most this many training images, stratified")
-    cache_mb: int = Field(1024, ge=0)
-    augment: Literal["auto", "none", "light", "strong"] = "auto"
-    unknown: Literal["skip", "absent", "present", "class"] | None = None
+    cache_mb: int = Field(1024, ge=0, description="memory for decoded images")
+    augment: Literal["auto", "none", "light", "strong"] = Field(
+        "auto", description="auto: light from 16 pixels a side, none below"
+    )
+    unknown: Literal["skip", "absent", "present", "class"] | None = Field(
+        None, description="what becomes of images whose label is empty or −1"
+    )
 
 
 class Protocol(Strict):
     """The same for every recipe: who is trained on what, how long, how often."""
 
-    test: float = Field(0.2, gt=0, lt=1)
-    val: float = Field(0.1, ge=0, lt=1)
-    folds: int | None = Field(None, ge=2)
-    seeds: int = Field(1, ge=1)
-    seed: int = 0
-    epochs: int = Field(30, ge=1)
-    pretrain_epochs: int | None = Field(None, ge=1)
+    test: float = Field(0.2, gt=0, lt=1, description="share of the images, where the data has no test split")
+    val: float = Field(0.1, ge=0, lt=1, description="likewise")
+    folds: int | None = Field(None, ge=2, description="cross-validation in place of one split")
+    seeds: int = Field(1, ge=1, description="repetitions")
+    seed: int = Field(0, description="the first, also of the split")
+    epochs: int = Field(30, ge=1, description="of training")
+    pretrain_epochs: int | None = Field(None, ge=1, description="of every objective; None: as many as epochs")
     batch_size: int | None = Field(None, ge=1, description="None: 16, 32 or 64, so that an epoch has 40 steps")
-    lr: float = Field(1e-3, gt=0)
-    weight_decay: float = Field(0.05, ge=0)
-    warmup_epochs: float = Field(2.0, ge=0)
+    lr: float = Field(1e-3, gt=0, description="peak of the cosine schedule")
+    weight_decay: float = Field(0.05, ge=0, description="of matrices; not of biases, norms and tokens")
+    warmup_epochs: float = Field(2.0, ge=0, description="of linear rise")
     label_smoothing: float = Field(0.0, ge=0, lt=1)
-    mixup: float = Field(0.0, ge=0)
-    cutmix: float = Field(0.0, ge=0)
-    ema_decay: float | None = Field(None, gt=0, lt=1)
-    clip_grad: float | None = Field(1.0, gt=0)
-    accumulate: int = Field(1, ge=1)
-    class_weights: bool = False
-    early_stop: int | None = Field(None, ge=1)
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    mixup: float = Field(0.0, ge=0, description="α, 0 is off")
+    cutmix: float = Field(0.0, ge=0, description="α, 0 is off")
+    ema_decay: float | None = Field(None, gt=0, lt=1, description="keep a moving average of the weights")
+    clip_grad: float | None = Field(1.0, gt=0, description="largest norm of the gradient")
+    accumulate: int = Field(1, ge=1, description="batches a step")
+    class_weights: bool = Field(False, description="weigh classes by their rarity")
+    early_stop: int | None = Field(
+        None, ge=1, description="epochs without gain on the validation part before stopping; its best weights are kept"
+    )
+    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where the hardware has it")
     devices: int = Field(1, ge=1)
-    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
-    budget_seconds: float | None = Field(None, gt=0, alias="budget")
+    strategy: Literal["auto", "ddp", "fsdp"] = Field("auto", description="across devices")
+    budget_seconds: float | None = Field(
+        None, gt=0, alias="budget", description="time for everything, like 30m; cuts the epochs of all recipes alike"
+    )
     calibration: int = Field(256, ge=1, description="training images a transform may look at")
 
     @field_validator("budget_seconds", mode="before")
@@ -88,30 +100,39 @@ class Protocol(Strict):
 class Measures(Strict):
     """What is measured of every recipe beyond the test predictions."""
 
-    attacks: list[str] = ["fgsm", "pgd"]
-    epsilons_255: list[float] = [1, 2, 4, 8]
-    attack_images: int = Field(128, ge=1)
-    explainers: list[str] = ["rollout", "grad-cam"]
-    explain_images: int = Field(64, ge=1)
-    gallery_images: int = Field(6, ge=0)
-    latency: bool = True
-    bootstrap: int = Field(2000, ge=200)
+    attacks: list[str] = Field(["fgsm", "pgd"], description="names; options by a probe of the recipe")
+    epsilons_255: list[float] = Field([1, 2, 4, 8], description="strengths in pixel values 0…255")
+    attack_images: int = Field(128, ge=1, description="test images attacked")
+    explainers: list[str] = Field(["rollout", "grad-cam"], description="names; options by a probe of the recipe")
+    explain_images: int = Field(64, ge=1, description="test images scored for faithfulness")
+    gallery_images: int = Field(6, ge=0, description="test images shown with their maps")
+    latency: bool = Field(True, description="count parameters and FLOPs, time all models alternately")
+    bootstrap: int = Field(2000, ge=200, description="resamples of the intervals")
 
 
 class Recipe(Strict):
     """A model and everything done to it, in the order of the fields."""
 
     name: str
-    title: str | None = None
-    from_: str | None = Field(None, alias="from")
-    base: str = "auto"
-    pretrained: bool = False
-    model_options: Options = Field(default_factory=dict)
-    parts: list[PartUse] = Field(default_factory=list)
-    objectives: list[Use] = Field(default_factory=list)
-    optimizer: Use | None = None
-    transforms: list[Use] = Field(default_factory=list)
-    probes: list[Use] = Field(default_factory=list)
+    title: str | None = Field(None, description="shown in the report")
+    from_: str | None = Field(None, alias="from", description="start from another recipe of the file, or a short form")
+    base: str = Field("auto", description="a timm name; auto: a small ViT sized to the images")
+    pretrained: bool = Field(False, description="timm's weights, which need a network the first time")
+    model_options: Options = Field(default_factory=dict, description="of the timm network, like depth")
+    parts: list[PartUse] = Field(
+        default_factory=list, description="{slot: name}, {slot: {name, where, options}} or a list of them"
+    )
+    objectives: list[Use] = Field(
+        default_factory=list, description="names, or {name, options}: pretraining, one after the other"
+    )
+    optimizer: Use | None = Field(None, description="a name, or {name, options}; None: AdamW")
+    transforms: list[Use] = Field(
+        default_factory=list, description="names, or {name, options}, applied in this order after training"
+    )
+    probes: list[Use] = Field(
+        default_factory=list,
+        description="attacks or explainers for this recipe alone, like {name: pgd, options: {steps: 100}}",
+    )
 
     @field_validator("parts", mode="before")
     @classmethod
