@@ -404,14 +404,16 @@ def _explain(context: Context, out: Path) -> None:
             }
         ),
     )
+    # spread over all of them: folders come class by class, and the first few would be of one class
+    at = np.linspace(0, len(images) - 1, min(shown, len(images))).round().astype(int)
     np.savez(
         out / "gallery.npz",
-        images=(images[:shown].cpu().numpy() * 255).round().astype(np.uint8),
-        labels=labels[:shown].numpy(),
-        predicted=target[:shown].cpu().numpy(),
-        probability=probs.max(-1).values[:shown].cpu().numpy(),
-        keys=np.array(keys[:shown]),
-        **{f"map_{n}": m[:shown].cpu().numpy() for n, m in maps.items()},
+        images=(images[at].cpu().numpy() * 255).round().astype(np.uint8),
+        labels=labels[at].numpy(),
+        predicted=target[at].cpu().numpy(),
+        probability=probs.max(-1).values[at].cpu().numpy(),
+        keys=np.array(keys)[at],
+        **{f"map_{n}": m[at].cpu().numpy() for n, m in maps.items()},
     )
 
 
