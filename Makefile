@@ -18,8 +18,8 @@ test-slow: $(STAMP)
 lint: $(STAMP) style types
 
 style: $(STAMP)
-	$(BIN)/ruff check src tests benchmarks
-	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks docs
+	$(BIN)/ruff format --check src tests benchmarks docs
 
 types: $(STAMP)
 	$(BIN)/mypy

@@ -38,6 +38,7 @@ KIND_TITLES = {
 }
 KIND_NOTES = {
     "part": "An `nn.Module` for one slot of the ViT: `vitkit.build(…, slot=name)`, `vitkit.swap`, or a recipe's name.",
+    "backbone": "Networks with a data flow of their own, known to timm after `import vitkit`; a recipe's name too.",
     "objective": "Learns from images alone; in a study the model is pretrained with it, then trained like all others.",
     "transform": "`f(model, images, …) -> (model, Change)`, applied to the trained model.",
     "probe": "`f(model, images, …) -> result`; leaves the model as it found it.",

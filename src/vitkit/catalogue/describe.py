@@ -12,7 +12,7 @@ from vitkit.catalogue.options import Option, options, plain, required
 from vitkit.catalogue.reader import Entry, Method
 
 #: what a recipe of a study may name; other kinds are used from Python
-IN_RECIPES = ("part", "objective", "transform", "probe", "optimizer")
+IN_RECIPES = ("part", "backbone", "objective", "transform", "probe", "optimizer")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +78,9 @@ def _python(method: Method, found: Any, rows: list[Option]) -> list[str]:
         pairs = ", ".join(f'"{o.name}": …' for o in rows if o.default == "required")
         part = f'("{method.name}", {{{pairs}}})' if pairs else f'"{method.name}"'
         return ["import vitkit", f'model = vitkit.build("vit_pico", num_classes=10, {method.slot}={part})']
+    if method.kind == "backbone":
+        # what a backbone provides are timm's entry points
+        return ["import timm", "import vitkit", f'model = timm.create_model("{attribute}", num_classes=10)']
     needs = required(found)
     call = f"{attribute}({', '.join('model.parameters()' if n == 'params' else n for n in needs)})"
     lines = {
@@ -86,7 +89,6 @@ def _python(method: Method, found: Any, rows: list[Option]) -> list[str]:
         "objective": f'loss = {call}({{"images": images, "labels": labels}})["loss"]',
         "optimizer": f"optimizer = {call}",
         "strategy": f"strategy = {call}",
-        "backbone": f"model = {call}",
     }
     return [f"from {module} import {attribute}", lines.get(method.kind, call)]
 
@@ -95,6 +97,8 @@ def _study(method: Method, rows: list[Option]) -> list[str]:
     if method.kind not in IN_RECIPES:
         return []
     lines = [f"vitkit study ./my-images --recipes vit,{method.name}"]
+    if method.kind == "backbone":
+        return lines
     # classes and functions have no name in a recipe
     values = [o for o in rows if o.default not in ("required", "None") and not re.search(r"type\[|Callable", o.type)]
     settable = next((o for o in values if o.name != "warm"), None)
