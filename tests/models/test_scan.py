@@ -280,6 +280,16 @@ def test_the_kernel_compiles_anew_and_can_be_switched_off(tmp_path, monkeypatch)
     assert "VITKIT_NATIVE" in scan_kernel.reason.__wrapped__()
 
 
+def test_nothing_is_compiled_unless_it_is_asked_for(monkeypatch):
+    def refuse():
+        raise AssertionError("the compiler was called")
+
+    monkeypatch.setattr(scan_kernel, "_library", refuse)
+    monkeypatch.setattr(scan_kernel, "reason", refuse)
+    given = inputs(5, 6, dtype=torch.float32)
+    assert gap(selective_scan(**given), selective_scan(**given, method="chunked")) == 0
+
+
 @native
 def test_a_compiler_that_fails_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("CC", "false")
@@ -316,7 +326,7 @@ def test_the_operator_is_well_behaved():
     args = [torch.randn(2, 20, 6), torch.rand(2, 20, 6), -torch.rand(2, 4, 3), *torch.randn(2, 2, 20, 2, 4)]
     args = [t.requires_grad_() for t in (*args, torch.randn(2, 2, 4, 3))]
     for native_too in (False, True):
-        if not native_too or scan_kernel.ready():
+        if not native_too or not scan_kernel.reason():
             torch.library.opcheck(scan_engine._scan, (*args, False, 8, native_too, True))
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from vitkit.errors import BadInput, unknown
 from vitkit.models.scan_engine import core, count_operations, group_states, ratio, require_native
@@ -297,12 +297,16 @@ def _mamba_ssm(
     return y.transpose(1, 2), state
 
 
-@register_flop_formula(torch.ops.vitkit.selective_scan)
 def _operations(
     x: Any, delta: Any, A: Any, Bm: Any, Cm: Any, h0: Any, *args: Any, out_shape: Any = None, **kwargs: Any
 ) -> int:
     batch, length, channels = x
     return count_operations(batch, length, channels, A[1])
+
+
+# a second import of this file, as doctests make, must not register it again
+if torch.ops.vitkit.selective_scan not in flop_registry:
+    register_flop_formula(torch.ops.vitkit.selective_scan)(_operations)
 
 
 def _check(

@@ -27,6 +27,9 @@ class SelectiveSSM(nn.Module):
         d_state: S.
         dt_rank: R.
 
+    Attributes:
+        method: of the scan, "auto" unless it is set: "native" for training on a CPU, for example.
+
     Shape: x (B, L, K, E), still (B, L, K) bool or None → (B, L, K, E) in the dtype of x; at a step that is ``still`` no
         time passes: it neither changes the state nor is it of use to others.
     Raises: BadInput for a size below 1.
@@ -41,6 +44,7 @@ class SelectiveSSM(nn.Module):
                 f"A state-space layer needs at least one of each: channels={channels}, paths={paths}, "
                 f"d_state={d_state}, dt_rank={dt_rank}."
             )
+        self.method = "auto"
         self.sizes = (dt_rank, d_state, d_state)
         self.x_proj = nn.Parameter(torch.empty(paths, sum(self.sizes), channels).uniform_(-1, 1) / channels**0.5)
         self.dt_proj = nn.Parameter(torch.empty(paths, channels, dt_rank).uniform_(-1, 1) / dt_rank**0.5)
@@ -68,6 +72,7 @@ class SelectiveSSM(nn.Module):
             c,
             self.D.flatten(),
             delta_bias=self.dt_bias.flatten(),
+            method=self.method,
         )
         return y.view(x.shape)
 
