@@ -63,3 +63,29 @@ def test_flags_come_back_after_an_error():
 
 def test_a_model_without_attention_is_left_alone():
     assert precision.choose_attention(nn.Linear(2, 2), torch.rand(1, 2)).path == "unchanged"
+
+
+def test_convolutions_with_untrusted_bf16_gradients_are_named():
+    import timm
+
+    from vitkit.train.precision import needs_fp32
+
+    net = timm.create_model("resnet18", num_classes=2, in_chans=1).train()
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    found = needs_fp32(net, torch.rand(2, 1, 8, 8))
+    assert "layer3.0.conv1" in found and "layer1.0.conv1" not in found
+    assert not needs_fp32(net, torch.rand(2, 1, 32, 32))
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items()) and net.training
+    assert not any(m._forward_pre_hooks for m in net.modules())
+
+
+def test_auto_trains_in_fp32_where_bf16_gradients_cannot_be_trusted():
+    import timm
+
+    from vitkit.tasks import Classify
+    from vitkit.train import Supervised, TrainSettings, fit
+
+    net = timm.create_model("resnet10t", num_classes=2, in_chans=1)
+    batches = [{"images": torch.rand(8, 1, 4, 4), "labels": torch.arange(8) % 2}] * 2
+    history = fit(Supervised(net, Classify(("a", "b"))), batches, settings=TrainSettings(epochs=1, batch_size=8))
+    assert history.precision == "fp32"

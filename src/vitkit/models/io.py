@@ -35,6 +35,7 @@ class ModelConfig:
         parts: ``[{"slot", "part", "where", "options"}, …]`` in the order they were swapped in.
         applied: ``[{"name", "options"}, …]`` transforms that changed the structure, in order.
         image_size: (H, W) the images are resized to.
+        network_size: (H, W) they are enlarged to inside the model, where the network needs more pixels than they have.
         in_chans: channels of the images.
         mean, std: of the pixels in [0, 1], per channel.
         wide: some images it was trained on have more than 8 bits, so all were resized as floats.
@@ -48,6 +49,7 @@ class ModelConfig:
     parts: list[dict[str, Any]] = field(default_factory=list)
     applied: list[dict[str, Any]] = field(default_factory=list)
     image_size: tuple[int, int] = (224, 224)
+    network_size: tuple[int, int] | None = None
     in_chans: int = 3
     mean: tuple[float, ...] = (0.5,)
     std: tuple[float, ...] = (0.5,)
@@ -65,7 +67,7 @@ def construct(config: ModelConfig, pretrained: bool = False) -> NormalizedModel:
     model = create(config.base, pretrained=pretrained, **options)
     for use in config.parts:
         swap(model, use["slot"], use["part"], where=use.get("where", "all"), **use.get("options", {}))
-    return NormalizedModel(model, config.mean, config.std)
+    return NormalizedModel(model, config.mean, config.std, config.network_size)
 
 
 def save_model(model: nn.Module, config: ModelConfig, folder: str | Path) -> None:
@@ -121,12 +123,15 @@ def read_config(folder: str | Path) -> ModelConfig:
             missing = [n for n in needed if not isinstance(step, dict) or n not in step]
             if missing:
                 raise BadInput(f"{path}: {key}[{i}] = {step!r} lacks {' and '.join(missing)}.")
+    size = raw.get("network_size")
+    if size is not None and not (isinstance(size, list) and len(size) == 2 and all(type(v) is int for v in size)):
+        raise BadInput(f"{path}: network_size = {size!r} must be [height, width] in pixels, or null.")
     values = raw.get("value_range")
     if values is not None:
         numbers = isinstance(values, list) and len(values) == 2 and all(isinstance(v, (int, float)) for v in values)
         if not numbers or not values[0] < values[1]:
             raise BadInput(f"{path}: value_range = {values!r} must be two rising numbers, black and white, or null.")
-    for key in ("image_size", "mean", "std", "classes", "value_range"):
+    for key in ("image_size", "network_size", "mean", "std", "classes", "value_range"):
         if raw.get(key) is not None:
             raw[key] = tuple(raw[key])
     return ModelConfig(**raw)

@@ -88,6 +88,7 @@ class DataFacts:
 def model_config(recipe: Recipe, facts: DataFacts, fold: int) -> ModelConfig:
     """The model of a recipe, sized to the images."""
     from vitkit.models.presets import default_patch
+    from vitkit.models.stride import network_size
 
     options: dict[str, Any] = {
         "num_classes": facts.num_outputs,
@@ -99,11 +100,16 @@ def model_config(recipe: Recipe, facts: DataFacts, fold: int) -> ModelConfig:
         base = "vit_pico"
         options["patch_size"] = default_patch(facts.image_size)
     options |= recipe.model_options
+    # a size the user asks for is taken as it is
+    size = None if "img_size" in recipe.model_options else network_size(base, options, facts.image_size)
+    if size is not None:
+        options["img_size"] = list(size)
     return ModelConfig(
         base=base,
         base_options=options,
         parts=[{"slot": p.slot, "part": p.name, "where": p.where, "options": dict(p.options)} for p in recipe.parts],
         image_size=facts.image_size,
+        network_size=size,
         in_chans=facts.in_chans,
         mean=tuple(facts.mean[fold]),
         std=tuple(facts.std[fold]),

@@ -236,7 +236,7 @@ def _new_model(context: Context) -> tuple[Any, Any]:
     from vitkit.models.io import ModelConfig, construct
 
     raw = context.settings["config"]
-    names = ("image_size", "mean", "std", "classes", "value_range")
+    names = ("image_size", "network_size", "mean", "std", "classes", "value_range")
     config = ModelConfig(**{**raw, **{k: tuple(raw[k]) for k in names if raw[k] is not None}})
     model = construct(config, pretrained=bool(context.settings.get("pretrained")))
     if context.settings.get("init"):

@@ -14,7 +14,7 @@ import numpy as np
 from vitkit.catalogue import methods
 from vitkit.study import statistics
 from vitkit.study.gallery import make_gallery
-from vitkit.study.plan import DataFacts, Plan, RecipePlan
+from vitkit.study.plan import DataFacts, Plan, RecipePlan, model_config
 from vitkit.study.results import (
     Comparison,
     Cost,
@@ -153,7 +153,7 @@ def _recipe(
         name=recipe.name,
         title=recipe.title,
         parts={p.slot: p.name for p in recipe.parts},
-        steps=_steps(recipe),
+        steps=_steps(recipe, model_config(recipe, facts, 0).network_size),
         papers=_papers(recipe),
     )
     if recipe.name in failures:
@@ -199,12 +199,15 @@ def folder_name(recipe: str) -> str:
     return "".join(c if c.isalnum() or c in "+-._" else "-" for c in recipe)
 
 
-def _steps(recipe: Recipe) -> list[str]:
+def _steps(recipe: Recipe, network_size: tuple[int, int] | None) -> list[str]:
     def text(name: str, options: dict[str, Any]) -> str:
         return name + (f" ({', '.join(f'{k}={v}' for k, v in options.items())})" if options else "")
 
     steps = [f"pretrain with {text(u.name, u.options)}" for u in recipe.objectives]
     base = "the baseline ViT" if recipe.base == "auto" else recipe.base
+    if network_size is not None:
+        height, width = network_size
+        steps.insert(0, f"enlarge the images to {height}×{width} inside the model, as few pixels as {base} can work on")
     parts = ", ".join(f"{p.slot} = {text(p.name, p.options)}" for p in recipe.parts)
     optimizer = text(recipe.optimizer.name, recipe.optimizer.options) if recipe.optimizer else "AdamW"
     steps.append(f"train {base}{f' with {parts}' if parts else ''} with {optimizer}")

@@ -192,8 +192,9 @@ class _Run:
         state = None if found is None else found[1]
         if state is not None:
             self._set_attention(state["attention"])
+            self.format = state["precision"]
         elif settings.precision == "auto" and device.type == "cpu":
-            self._choose_attention()
+            self._choose_path()
         self.history.precision = self.format
         self.ema = None
         if settings.ema_decay is not None:
@@ -523,15 +524,17 @@ class _Run:
             if callable(getattr(module, "on_epoch", None)):
                 module.on_epoch(self.epoch, self.settings.epochs)  # type: ignore[operator]
 
-    # -- attention path ----------------------------------------------------------------------------------------
+    # -- number format and attention path ----------------------------------------------------------------------------
 
-    def _choose_attention(self) -> None:
+    def _choose_path(self) -> None:
         if self.world > 1:
             return
         with _random_state_kept():
             batch = next(iter(self.train_loader))
-            few = _rows(batch, _size(batch), range(min(16, _size(batch))))
-            choice = precision.choose_attention(self.objective, _to(few, self.fabric.device), self.format)
+            few = _to(_rows(batch, _size(batch), range(min(16, _size(batch)))), self.fabric.device)
+            if self.format == "bf16" and precision.needs_fp32(self.objective, few):
+                self.format = "fp32"
+            choice = precision.choose_attention(self.objective, few, self.format)
         self.history.attention = choice.path
 
     def _set_attention(self, path: str) -> None:
@@ -602,6 +605,7 @@ class _Run:
             "rng": rng,
             "rng_at_epoch": self.rng_at_epoch,
             "attention": self.history.attention,
+            "precision": self.format,
         }
         prefix = self._prefix()
         model = {name.removeprefix(prefix): value for name, value in weights.items()}

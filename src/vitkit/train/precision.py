@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -48,6 +49,46 @@ def autocast(precision: str, device: torch.device | str) -> torch.autocast:
     """Context in which matrix products run in ``precision``; weights and reductions stay float32."""
     where = torch.device(device)
     return torch.autocast(where.type, dtype=torch.bfloat16, enabled=resolve(precision, where) == "bf16")
+
+
+def needs_fp32(model: nn.Module, images: Tensor | dict[str, Any]) -> tuple[str, ...]:
+    """Names of the convolutions whose bfloat16 gradient cannot be trusted on a CPU, at these images' size.
+
+    oneDNN's weight gradient of a padded convolution whose stride is larger than its input map (a ResNet's last
+    stages on 8×8 images: stride 2 on 1×1) holds whatever was in memory: no error, then NaN some steps later. The
+    model is left as found.
+
+    Args: as for :func:`choose_attention`.
+    """
+    from vitkit.anatomy.untouched import untouched
+
+    found: list[str] = []
+    suspects = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Conv2d)
+        and max(module.stride) > 1
+        and max(module.kernel_size) > 1
+        # a string ("same") exists for stride 1 only
+        and not isinstance(module.padding, str)
+        and max(module.padding) > 0
+    }
+    if not suspects:
+        return ()
+
+    def look(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(conv: Any, given: tuple[Tensor, ...]) -> None:
+            if any(s > side for s, side in zip(conv.stride, given[0].shape[-2:])):
+                found.append(name)
+
+        return hook
+
+    with untouched(model), torch.no_grad():
+        for name, conv in suspects.items():
+            # untouched removes it
+            conv.register_forward_pre_hook(look(name))
+        model(images)
+    return tuple(dict.fromkeys(found))
 
 
 @dataclass(frozen=True, kw_only=True)
