@@ -90,3 +90,12 @@ def test_latency_leaves_modules_in_training_mode():
 def test_latency_needs_rounds(options):
     with pytest.raises(BadInput, match="timed round"):
         measure_latency({"m": nn.Identity()}, torch.rand(1), **options)
+
+
+def test_a_block_counts_as_by_hand():
+    from vitkit.testing.worlds import tiny_vit
+
+    n, dim = 50, 64
+    counts = [count_flops(tiny_vit(depth=d, mlp_ratio=4.0), torch.zeros(1, 1, 28, 28)) / 2 for d in (1, 2)]
+    # multiply-adds of one block, prefix included
+    assert counts[1] - counts[0] == 12 * n * dim**2 + 2 * n**2 * dim

@@ -65,6 +65,7 @@ class TokenLayout:
         tap: the active call-point observer, None in ordinary runs.
         rotation: rotary tables of a host that turns queries and keys, None in others; they find out by themselves that
             rows were merged, dropped or permuted.
+        memory: what blocks leave for later blocks, by the name of the method; a block returns a layout with it.
         aux: auxiliary losses, written by parts as ``aux[(name, depth)] = scalar`` (overwritten, so that a
             recomputed block is harmless).
     """
@@ -80,6 +81,7 @@ class TokenLayout:
     cond: Mapping[str, Any] = field(default_factory=dict)
     tap: Tap | None = None
     rotation: Rotation | None = None
+    memory: Mapping[str, Any] = field(default_factory=dict)
     aux: dict[tuple[str, int], Tensor] = field(default_factory=dict)
 
     @property
@@ -204,6 +206,15 @@ class TokenLayout:
                 return tensor.shape[1]
         assert self.coords is not None
         return self.coords.shape[-2]
+
+    def mean(self, patches: Tensor) -> Tensor:
+        """Patch rows (B, N, D) → (B, D): a merged row counts for all the patches it stands for, padding for none."""
+        if self.sizes is None and self.valid is None:
+            return patches.mean(1)
+        weight = torch.ones_like(patches[..., 0]) if self.sizes is None else self.sizes.to(patches.dtype)
+        if self.valid is not None:
+            weight = weight * self.valid
+        return (patches * weight.unsqueeze(-1)).sum(1) / weight.sum(1, keepdim=True).clamp(min=1e-6)
 
     def unmerge(self, values: Tensor, fill: float = 0.0) -> Tensor:
         """Give every original patch the value of the row that holds it.

@@ -17,6 +17,7 @@ import yaml
 from vitkit.catalogue import methods, resolve
 from vitkit.catalogue.options import options as options_of
 from vitkit.errors import BadInput, unknown
+from vitkit.study.plan import training_of
 from vitkit.study.settings import PartUse, Recipe, StudySettings, Use, load_yaml
 from vitkit.study.trial import check_values
 
@@ -82,6 +83,8 @@ def parse(text: str, written: dict[str, Recipe] | None = None) -> Recipe:
     >>> r = parse("mixer=dct-attention:tau=0.5+gptq-w4")
     >>> r.parts[0].slot, r.parts[0].options, r.transforms[0].name, r.transforms[0].options
     ('mixer', {'tau': 0.5}, 'gptq', {'w_bits': 4})
+    >>> parse("ss2d:where=last:2").parts[0].where
+    'last:2'
     """
     recipe = Recipe(name=text)
     for token in text.split("+"):
@@ -127,7 +130,14 @@ def _join(recipe: Recipe, token: str, written: dict[str, Recipe]) -> Recipe:
 
 def _options(pairs: list[str], token: str) -> dict[str, Any]:
     out: dict[str, Any] = {}
+    # a number behind a colon belongs to the value before it: where=last:2, order=local:3
+    joined: list[str] = []
     for pair in pairs:
+        if joined and pair.isdigit():
+            joined[-1] += f":{pair}"
+        else:
+            joined.append(pair)
+    for pair in joined:
         key, sep, value = pair.partition("=")
         if not sep or not key:
             raise BadInput(f"{token!r}: {pair!r} is not an option; write name:key=value.")
@@ -208,6 +218,8 @@ def check_options(recipe: Recipe) -> None:
 
     Raises: BadInput naming recipe, method, option and what is allowed.
     """
+    # a second one in place of the training would be noticed after hours
+    training_of(recipe)
     uses: list[Use] = [*recipe.parts, *recipe.objectives, *recipe.transforms, *recipe.probes]
     if recipe.optimizer is not None:
         uses.append(recipe.optimizer)

@@ -78,11 +78,7 @@ class ExpertPool(nn.Module):
         x = self.ln(x)
         rows, valid = self._experts(x, layout)
         voted = (self._vote(rows, valid).unsqueeze(1) @ rows).squeeze(1)
-        patches = x[:, layout.num_prefix :]
-        count = torch.ones_like(patches[..., 0]) if layout.sizes is None else layout.sizes.to(x.dtype)
-        if layout.valid is not None:
-            count = count * layout.valid
-        return voted, (patches * count.unsqueeze(-1)).sum(1) / count.sum(1, keepdim=True).clamp(min=1e-6)
+        return voted, layout.mean(x[:, layout.num_prefix :])
 
     def _experts(self, x: Tensor, layout: TokenLayout) -> tuple[Tensor, Tensor | None]:
         if EDGE not in dict(layout.prefix):
