@@ -395,3 +395,5 @@ def test_errors_name_what_is_wrong():
         ssd_scan(torch.zeros(1, 4, 3, 2), torch.zeros(1, 4, 3), torch.zeros(3), *torch.zeros(2, 1, 4, 2, 5))
     with pytest.raises(BadInput, match="delta"):
         lti_scan(given["u"], torch.zeros(5), given["A"], given["A"], given["A"])
+    with pytest.raises(BadInput, match="complex"):
+        lti_scan(given["u"], given["A"][:, 0].exp(), given["A"], given["A"] + 1j, given["A"])

@@ -54,6 +54,7 @@ def finished(tmp_path_factory):
         data,
         ["vit", "sinkhorn", "tome:r=2", "gptq-w4", "gmar", "zsharp", "softmax-rejection"],
         measures={
+            "ensembles": ["mean", "greedy"],
             "attacks": ["fgsm"],
             "epsilons_255": [4],
             "attack_images": 8,
@@ -102,6 +103,25 @@ def test_recipes_with_one_model_show_it_once(finished):
     assert "gmar and softmax-rejection look at the very model of vit" in page
     assert "Reliability of vit" in page
     assert "Reliability of gmar" not in page
+
+
+def test_ensembles_are_of_different_models_and_scored_on_the_test_part(finished):
+    result, out, _ = finished
+    models = ["vit", "sinkhorn", "tome:r=2", "gptq-w4", "zsharp"]
+    found = result.ensembles
+    assert found.names == models
+    assert [(len(t.members), t.combine) for t in found.teams] == [(5, "mean"), (5, "greedy"), *[(2, "mean")] * 5]
+    apart = np.array(found.disagreement)
+    assert (apart == apart.T).all() and (np.diag(apart) == 0).all()
+    assert found.oracle >= max(r.measures["accuracy"].value for r in result.recipes)
+    row = {r.name: r for r in result.recipes}
+    for team in found.teams:
+        best = row[team.best_member].measures["accuracy"].value
+        assert team.accuracy.value == pytest.approx(best + team.gain.value)
+        assert team.latency_ms_b1 == pytest.approx(sum(row[n].costs["latency_ms_b1"].value for n in team.members))
+    assert read_json(out / "results.json").ensembles == found
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert 'id="ensembles"' in page and "all 5" in page
 
 
 def test_recipes_that_share_a_prefix_share_the_work(finished):

@@ -51,3 +51,8 @@ def test_errors_name_file_and_line(tmp_path):
 @pytest.mark.parametrize(("text", "seconds"), [("90", 90), ("90s", 90), ("6m", 360), ("1.5h", 5400), ("1h30m", 5400)])
 def test_durations(text, seconds):
     assert parse_duration(text) == seconds
+
+
+def test_unknown_ways_to_combine_are_named():
+    with pytest.raises(BadInput, match="'median' is none of mean, geometric"):
+        make_settings({"name": "x", "data": {"path": "digits"}, "measures": {"ensembles": ["median"]}})

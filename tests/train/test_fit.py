@@ -195,6 +195,21 @@ def test_hooks_of_parts_and_objectives_are_called():
     ]  # fmt: skip
 
 
+def test_a_hook_that_asks_for_it_gets_the_loss_of_the_epoch_before(tmp_path):
+    class Part(nn.Identity):
+        def on_epoch(self, epoch, total, loss=None):
+            calls.append((epoch, loss))
+
+    def run(out, epochs):
+        objective = _objective()
+        objective.model.blocks[0].ls1 = Part()
+        return fit(objective, Ordered(32, 16), settings=TrainSettings(epochs=epochs, **PLAIN), out_dir=out)
+
+    calls: list = []
+    losses = [row["loss"] for row in run(tmp_path, 3).rows]
+    assert calls == [(0, None), (1, losses[0]), (2, losses[1])]
+
+
 def test_bf16_follows_float32_within_noise():
     def run(precision):
         settings = TrainSettings(epochs=4, lr=3e-3, precision=precision)

@@ -21,6 +21,7 @@ _GIVEN = {
     "probs_cal",
     "labels_cal",
     "params",
+    "task",
     "generator",
     "progress",
     "device",
@@ -92,8 +93,8 @@ def required(found: Any) -> list[str]:
     return [
         p.name if p.name in _GIVEN else f"{p.name}=…"
         for p in _parameters(found)
-        # images are optional for transforms that can do without calibration, but mostly wanted
-        if (p.default is p.empty or p.name == "images") and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+        # optional for transforms that can do without calibration, but mostly wanted
+        if (p.default is p.empty or p.name in ("images", "labels")) and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
     ]
 
 

@@ -37,6 +37,9 @@ def study(
     lr: Annotated[float | None, typer.Option(help="Peak learning rate (default 1e-3).")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Use at most this many training images.")] = None,
     devices: Annotated[int | None, typer.Option(min=1, help="GPUs (processes) a training uses (default 1).")] = None,
+    ensembles: Annotated[
+        str | None, typer.Option(help="Also combine the recipes' predictions: mean, greedy, stacking … (with commas).")
+    ] = None,
     on: Annotated[str, typer.Option("--on", help="Where stages run: here or ray.")] = "here",
     resume: Annotated[bool, typer.Option("--resume/--restart", help="Go on with --out, or begin it anew.")] = True,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the final table only.")] = False,
@@ -65,6 +68,7 @@ def study(
             "lr": lr,
             "devices": devices,
         },
+        "measures": {"ensembles": None if ensembles is None else [e.strip() for e in ensembles.split(",")]},
     }
     flags = {room: {k: v for k, v in values.items() if v is not None} for room, values in flags.items()}
     if data.endswith((".yaml", ".yml")):

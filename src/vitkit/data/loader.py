@@ -143,7 +143,7 @@ class Loader:
     ) -> None:
         self.source, self.indices, self.prepare = source, indices, prepare
         self.batch_size, self.train, self.names, self.seed = batch_size, train, names, seed
-        self.workers, self.drop_last = workers, drop_last
+        self.workers, self.drop_last, self.cache_mb = workers, drop_last, cache_mb
         self.rank, self.world, self.before = 0, 1, 0
         self.labels = torch.from_numpy(source.labels(indices)) if len(indices) else torch.empty(0)
         self.weights = torch.tensor([source.records[int(i)].weight for i in indices], dtype=torch.float32)
@@ -176,6 +176,27 @@ class Loader:
 
     def __len__(self) -> int:
         return len(self.indices) // self.batch_size if self.drop_last else -(-len(self.indices) // self.batch_size)
+
+    def subset(self, rows: np.ndarray, train: bool | None = None) -> Loader:
+        """A loader of some of the images.
+
+        Args:
+            rows: which of ``indices``.
+            train: False gives them in their order and without augmentation; None leaves that as it is here.
+        """
+        train = self.train if train is None else train
+        return Loader(
+            self.source,
+            self.indices[rows],
+            self.prepare,
+            batch_size=self.batch_size,
+            train=train,
+            names=self.names if train else (),
+            seed=self.seed,
+            workers=self.workers,
+            cache_mb=self.cache_mb,
+            drop_last=self.drop_last and train,
+        )
 
     def set_epoch(self, epoch: int) -> None:
         """Choose order and augmentation of the next pass."""

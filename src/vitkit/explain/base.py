@@ -55,6 +55,16 @@ def to_pixels(patch_map: Tensor, size: int | tuple[int, int]) -> Tensor:
     return grown.squeeze(1)
 
 
+def at_places(patch_map: Tensor) -> Tensor:
+    """A map that has dates or bands as well, (B, …, gh, gw), summed over them: (B, gh, gw).
+
+    >>> at_places(torch.ones(1, 3, 2, 2))
+    tensor([[[3., 3.],
+             [3., 3.]]])
+    """
+    return patch_map.flatten(1, -3).sum(1) if patch_map.ndim > 3 else patch_map
+
+
 def normalize(patch_map: Tensor, how: str = "minmax") -> Tensor:
     """Bring each map of a batch to one scale.
 

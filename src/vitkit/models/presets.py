@@ -75,4 +75,4 @@ def vit_micro(pretrained: bool = False, **kwargs: Any) -> ViT:
 
 
 def _create(size: str, pretrained: bool, kwargs: dict[str, Any]) -> Any:
-    return create(partial(small_vit, size), size, pretrained, {}, kwargs, out_indices=(-1,))
+    return create(partial(small_vit, size), size, pretrained, {}, kwargs, out_indices=3)

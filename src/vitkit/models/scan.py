@@ -467,7 +467,8 @@ def lti_scan(u: Tensor, delta: Tensor, A: Tensor, Bm: Tensor, Cm: Tensor, D: Ten
     """The scan without selection: Δ, B and C are the same at every step, so y is a causal convolution of u.
 
     ``y_t = Σ_k κ_k u_{t−k} + D u_t`` with ``κ_k = Σ_s C_s exp(Δ A_s)^k b_s`` and ``b_s = expm1(Δ A_s)/A_s · B_s``
-    (zero-order hold), by Fourier transform in O(L log L).
+    (zero-order hold), by Fourier transform in O(L log L). A complex A_s stands for itself and its conjugate, so that
+    ``κ_k = 2 Re Σ_s …``.
 
     >>> one = torch.ones(1, 1)
     >>> y = lti_scan(torch.ones(1, 3, 1), torch.ones(1), torch.zeros(1, 1), one, one)
@@ -477,16 +478,16 @@ def lti_scan(u: Tensor, delta: Tensor, A: Tensor, Bm: Tensor, Cm: Tensor, D: Ten
     Args:
         u: (B, L, E).
         delta: Δ (E,), positive.
-        A: (E, S), real, not positive.
-        Bm: (E, S).
-        Cm: (E, S).
+        A: (E, S), real or complex, the real part not positive.
+        Bm: (E, S), complex at most where A is.
+        Cm: (E, S), likewise.
         D: (E,) or None.
 
     Returns: (B, L, E) in the dtype of u; computed in float32, in float64 if an input is.
 
-    Raises: BadInput if shapes do not match.
+    Raises: BadInput if shapes do not match, or Bm or Cm is complex beside a real A.
     Paper: On the Parameterization and Initialization of Diagonal State Space Models (S4D), arXiv:2206.11893.
-    Departs from the paper: real diagonals only, as in Mamba.
+    Departs from the paper: nothing; a real A is its S4D-Real.
     """
     if u.ndim != 3 or A.ndim != 2 or u.shape[1] < 1:
         raise BadInput(f"lti_scan takes u (B, L, E) and A (E, S); it got {_shape(u)} and {_shape(A)}.")
@@ -495,14 +496,20 @@ def lti_scan(u: Tensor, delta: Tensor, A: Tensor, Bm: Tensor, Cm: Tensor, D: Ten
     _require_shapes(
         {"delta": (delta, (channels,)), "A": (A, square), "Bm": (Bm, square), "Cm": (Cm, square), "D": (D, (channels,))}
     )
+    if not A.is_complex() and (Bm.is_complex() or Cm.is_complex()):
+        raise BadInput("lti_scan: Bm and Cm are complex and A is not; make A complex too, A.to(torch.complex64).")
     with torch.autocast(u.device.type, enabled=False):
-        dtype = torch.promote_types(torch.float32, torch.promote_types(u.dtype, A.dtype))
-        x, step, A, Bm, Cm = (t.to(dtype) for t in (u, delta.unsqueeze(-1), A, Bm, Cm))
+        dtype = torch.promote_types(torch.float32, torch.promote_types(u.dtype, A.real.dtype))
+        inside = torch.promote_types(dtype, A.dtype)
+        x, step = u.to(dtype), delta.unsqueeze(-1).to(dtype)
+        A, Bm, Cm = (t.to(inside) for t in (A, Bm, Cm))
         length = x.shape[1]
         exponent = step * A
         weight = Cm * step * ratio(exponent) * Bm
         times = torch.arange(length, device=x.device, dtype=dtype)
         kernel = ((exponent.unsqueeze(-1) * times).exp() * weight.unsqueeze(-1)).sum(1)
+        if kernel.is_complex():
+            kernel = 2 * kernel.real
         # twice the length, so that nothing wraps around
         product = torch.fft.rfft(x.mT, n=2 * length) * torch.fft.rfft(kernel, n=2 * length)
         y = torch.fft.irfft(product, n=2 * length)[..., :length].mT

@@ -31,7 +31,9 @@ class SelectiveSSM(nn.Module):
         method: of the scan, "auto" unless it is set: "native" for training on a CPU, for example.
 
     Shape: x (B, L, K, E), still (B, L, K) bool or None → (B, L, K, E) in the dtype of x; at a step that is ``still`` no
-        time passes: it neither changes the state nor is it of use to others.
+        time passes: it neither changes the state nor is it of use to others. ``common`` = T: T neighbours on the batch
+        axis are one signal of T·E channels, whose Δ, B and C come from their mean: what a layer does that shares its
+        weights between T signals side by side. ``choice`` (B, L, K, E): what B and C are computed from in place of x.
     Raises: BadInput for a size below 1.
     Paper: Mamba: Linear-Time Sequence Modeling with Selective State Spaces, arXiv:2312.00752; starting values are those
         of its code: A = −1 … −S, D = 1, Δ log-uniform between 0.001 and 0.1.
@@ -48,9 +50,7 @@ class SelectiveSSM(nn.Module):
         self.sizes = (dt_rank, d_state, d_state)
         self.x_proj = nn.Parameter(torch.empty(paths, sum(self.sizes), channels).uniform_(-1, 1) / channels**0.5)
         self.dt_proj = nn.Parameter(torch.empty(paths, channels, dt_rank).uniform_(-1, 1) / dt_rank**0.5)
-        step = torch.empty(paths, channels).uniform_(math.log(1e-3), math.log(0.1)).exp().clamp(min=1e-4)
-        # the inverse of softplus
-        self.dt_bias = nn.Parameter(step + (-torch.expm1(-step)).log())
+        self.dt_bias = nn.Parameter(start_of_steps(paths, channels))
         self.A_log = nn.Parameter(torch.arange(1.0, d_state + 1).log().repeat(paths, channels, 1))
         self.D = nn.Parameter(torch.ones(paths, channels))
 
@@ -58,8 +58,17 @@ class SelectiveSSM(nn.Module):
         """Decay would pull A towards −1 and the steps towards softplus(0) = 0.69."""
         return {"A_log", "D", "dt_bias"}
 
-    def forward(self, x: Tensor, still: Tensor | None = None) -> Tensor:
-        projected = torch.einsum("blke,kfe->blkf", x, self.x_proj)
+    def forward(self, x: Tensor, still: Tensor | None = None, common: int = 1, choice: Tensor | None = None) -> Tensor:
+        mean = x if common == 1 else x.unflatten(0, (-1, common)).mean(1)
+        if choice is None:
+            projected = torch.einsum("blke,kfe->blkf", mean, self.x_proj)
+        else:
+            step, states = self.x_proj.split((self.sizes[0], 2 * self.sizes[1]), 1)
+            projected = torch.cat(
+                [torch.einsum("blke,kfe->blkf", mean, step), torch.einsum("blke,kfe->blkf", choice, states)], -1
+            )
+        if common > 1:
+            projected = projected.repeat_interleave(common, 0)
         r, b, c = projected.split(self.sizes, -1)
         delta = torch.einsum("blkr,ker->blke", r, self.dt_proj)
         if still is not None:
@@ -127,6 +136,13 @@ def own_names(model: nn.Module) -> set[str]:
         if prefix and callable(getattr(module, "no_weight_decay", None))
         for name in module.no_weight_decay()  # type: ignore[operator]
     }
+
+
+def start_of_steps(*shape: int) -> Tensor:
+    """Biases b whose steps softplus(b) are log-uniform between 0.001 and 0.1."""
+    step = torch.empty(shape).uniform_(math.log(1e-3), math.log(0.1)).exp().clamp(min=1e-4)
+    # the inverse of softplus
+    return step + (-torch.expm1(-step)).log()
 
 
 def rank_of_step(dim: int, dt_rank: int | None) -> int:

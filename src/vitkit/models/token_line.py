@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from vitkit.errors import BadInput, unknown
+from vitkit.models.cells import as_tokens
 from vitkit.models.layout import TokenLayout
-from vitkit.models.scan_order import scan_order, visit_index
+from vitkit.models.scan_order import visit_index
+from vitkit.models.time_order import split_kind, time_order
 
-# B batch · P prefix tokens · N patches · R = P+N or N rows · K paths · E channels
+# B batch · P prefix tokens · N patches · R = P+N or N rows · K paths · E channels · T dates
 
 PLACES = ("first", "middle", "last")
 
@@ -38,12 +39,16 @@ class TokenLine(nn.Module):
     lies, rows of one cell follow each other as they stand, and padding comes last.
 
     Args:
-        orders: names for :func:`~vitkit.models.scan_order.scan_order`, one a path.
+        orders: names for :func:`~vitkit.models.time_order.time_order`, one a path.
         mirrored: walk every path backwards too, behind all others; K is then twice the number of orders.
         prefix: where prefix tokens stand in every path: "first", "middle" or "last".
-        grid: (h, w), whose paths are kept; those of other grids are made when they are met.
+        grid: (h, w) or (T, h, w), whose paths are kept; those of other grids are made when they are met.
 
-    Raises: BadInput without an order. UnknownName: no such order or place.
+    Attributes:
+        parallel: the dates of a grid (T, h, w) walk side by side, see :meth:`apart`.
+
+    Raises: BadInput without an order, or with some that are parallel and some that are not. UnknownName: no such order
+        or place.
     """
 
     cells: Tensor
@@ -53,14 +58,18 @@ class TokenLine(nn.Module):
         orders: tuple[str, ...],
         mirrored: bool = False,
         prefix: str = "middle",
-        grid: tuple[int, int] | None = None,
+        grid: tuple[int, ...] | None = None,
     ) -> None:
         super().__init__()
         if prefix not in PLACES:
             raise unknown("place of prefix tokens in a path", prefix, PLACES, "vitkit show mamba")
         if not orders:
             raise BadInput('A scan needs at least one order, such as "raster".')
+        beside = {split_kind(order)[0] == "parallel" for order in orders}
+        if len(beside) > 1:
+            raise BadInput(f"The orders {', '.join(orders)} must all be parallel, or none of them.")
         self.orders, self.mirrored, self.prefix, self.grid = tuple(orders), mirrored, prefix, grid
+        self.parallel = beside.pop()
         self.num_paths = len(orders) * (2 if mirrored else 1)
         self.register_buffer("cells", self._cells(grid or (1, 1)), persistent=False)
 
@@ -73,8 +82,7 @@ class TokenLine(nn.Module):
         """
         count = layout.num_prefix if num_prefix is None else num_prefix
         if layout.is_full_grid:
-            grid = (math.prod(layout.grid[:-1]), layout.grid[-1])
-            cells = self.cells if grid == self.grid else self._cells(grid)
+            cells = self.cells if layout.grid == self.grid else self._cells(layout.grid)
             return self._static(cells.to(device), count)
         visits = self._visits(layout, batch, device)
         return self.by_keys(visits, count, layout.valid)
@@ -121,9 +129,21 @@ class TokenLine(nn.Module):
             out = lines.gather(1, flat.unsqueeze(-1).expand(-1, -1, lines.shape[-1]))
         return out.unflatten(1, paths.rows.shape[-2:])
 
-    def _cells(self, grid: tuple[int, int]) -> Tensor:
+    def side_by_side(self, layout: TokenLayout, num_prefix: int) -> int:
+        """T where dates walk side by side, else 1.
+
+        Raises: BadInput if ``num_prefix`` rows are in line with them, which belong to no date.
+        """
+        if not self.parallel or len(layout.grid) != 3 or layout.grid[0] == 1:
+            return 1
+        layout.require_full_grid("A parallel scan of dates")
+        if num_prefix:
+            raise BadInput('Prefix tokens have no place in a parallel scan of dates; use prefix="attend".')
+        return layout.grid[0]
+
+    def _cells(self, grid: tuple[int, ...]) -> Tensor:
         """(N, number of orders)."""
-        return torch.stack([scan_order(*grid, kind) for kind in self.orders], 1)
+        return torch.stack([time_order(grid, kind) for kind in self.orders], 1)
 
     def _static(self, cells: Tensor, count: int) -> Paths:
         num, orders = cells.shape
@@ -151,3 +171,20 @@ class TokenLine(nn.Module):
 
     def extra_repr(self) -> str:
         return f"orders={self.orders}, mirrored={self.mirrored}, prefix={self.prefix!r}"
+
+
+def apart(lines: Tensor, dates: int) -> Tensor:
+    """Lines (B, T·L, K, E) in which T dates take turns → one line for each date, (B·T, L, K, E)."""
+    return lines if dates == 1 else lines.unflatten(1, (-1, dates)).transpose(1, 2).flatten(0, 1)
+
+
+def in_turn(lines: Tensor, dates: int) -> Tensor:
+    """Undoes :func:`apart`."""
+    return lines if dates == 1 else lines.unflatten(0, (-1, dates)).transpose(1, 2).flatten(1, 2)
+
+
+def on_planes(module: nn.Module, rows: Tensor, grid: tuple[int, ...]) -> Tensor:
+    """A module on maps (B, E, h, w), on the patch rows (B, N, E) of a grid (h, w), or of every date of (T, h, w)."""
+    h, w = grid[-2:]
+    maps = module(rows.unflatten(1, (-1, h * w)).flatten(0, 1).transpose(1, 2).unflatten(2, (h, w)))
+    return as_tokens(maps).unflatten(0, (len(rows), -1)).flatten(1, 2)

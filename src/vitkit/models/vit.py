@@ -29,6 +29,9 @@ from vitkit.models.layout import LogitEdit, Rotation, TokenLayout
 
 # B batch · H heads · P prefix tokens · N patch tokens · D embedding · d = head dim
 
+#: outputs of the blocks, each with its layout
+States = list[tuple[Tensor, TokenLayout]]
+
 
 def call(module: nn.Module, x: Tensor, layout: TokenLayout) -> Tensor:
     """Call a mixer or MLP with the layout if it asks for one (``takes_layout = True``), else with ``x`` alone."""
@@ -321,7 +324,7 @@ class ViT(VisionTransformer):
         x = self.patch_embed(images)
         return (x.flatten(1, 2) if x.ndim == 4 else x), TokenLayout(grid=tuple(grid))
 
-    def run(self, x: Tensor, layout: TokenLayout, states: list[tuple[Tensor, TokenLayout]] | None = None):
+    def run(self, x: Tensor, layout: TokenLayout, states: States | None = None):
         """All blocks. ``states`` collects the output of every block when a list is given."""
         for block in self.blocks:
             layout = _followed(layout)
@@ -333,7 +336,7 @@ class ViT(VisionTransformer):
                 states.append((x, layout))
         return x, layout
 
-    def readout(self, x: Tensor, layout: TokenLayout, states: list[tuple[Tensor, TokenLayout]] | None = None) -> Tensor:
+    def readout(self, x: Tensor, layout: TokenLayout, states: States | None = None) -> Tensor:
         """Tokens after the last block → logits (B, num_classes)."""
         if self.read_out is not None:
             return self.read_out(states if states is not None else [(x, layout)], layout)
@@ -347,15 +350,22 @@ class ViT(VisionTransformer):
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, **cond: Any) -> Tensor:
         tokens, layout = self._start(x, attn_mask, is_causal, **cond)
-        states: list[tuple[Tensor, TokenLayout]] | None = None
-        if self.read_out is not None and getattr(self.read_out, "wants_states", False):
-            states = []
+        states: States | None = [] if self._reads_states else None
         tokens, layout = self.run(tokens, layout, states)
         return self.readout(tokens, layout, states)
 
+    @property
+    def _reads_states(self) -> bool:
+        return getattr(self.read_out, "wants_states", False)
+
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         tokens, layout = self._start(x, attn_mask, is_causal)
-        tokens, layout = self.run(tokens, layout)
+        states: States | None = [] if self._reads_states else None
+        tokens, layout = self.run(tokens, layout, states)
+        return self.final_features(tokens, states)
+
+    def final_features(self, tokens: Tensor, states: States | None) -> Tensor:
+        """What ``forward_features`` gives; ``states`` are the outputs of all blocks if the read-out wants them."""
         return self.norm(tokens)
 
     def forward_intermediates(
@@ -377,25 +387,33 @@ class ViT(VisionTransformer):
         take, last = feature_take_indices(len(self.blocks), indices)
         tokens, layout = self._start(x, attn_mask, is_causal)
         maps, prefixes = [], []
+        states: States | None = [(tokens, layout)] if self._reads_states else None
+        whole = not stop_early or last + 1 == len(self.blocks)
         for i, block in enumerate(self.blocks[: last + 1] if stop_early else self.blocks):
             tokens, layout = _run_block(block, tokens, _followed(layout))
+            if states is not None:
+                states.append((tokens, layout))
             if i not in take:
                 continue
             out = self.norm(tokens) if norm else tokens
             prefixes.append(out[:, : layout.num_prefix])
             patches = out[:, layout.num_prefix :]
             maps.append(layout.to_grid(patches).contiguous() if output_fmt == "NCHW" else layout.unmerge(patches))
+        features = None
+        if not intermediates_only:
+            # a read-out over all blocks says nothing about some of them
+            features = self.final_features(tokens, states) if whole else self.norm(tokens)
         if output_dict:
             result: dict[str, Any] = {"image_intermediates": maps}
             if return_prefix_tokens and self.num_prefix_tokens:
                 result["image_intermediates_prefix"] = prefixes
-            if not intermediates_only:
-                result["image_features"] = self.norm(tokens)
+            if features is not None:
+                result["image_features"] = features
             return result
         found: list[Any] = maps
         if return_prefix_tokens and self.num_prefix_tokens:
             found = list(zip(maps, prefixes))
-        return found if intermediates_only else (self.norm(tokens), found)
+        return found if features is None else (features, found)
 
     def pool_tokens(self, x: Tensor, layout: TokenLayout) -> Tensor:
         """Pool (B, P+N, D) → (B, D) as timm does, but over valid rows and weighted by merge size.

@@ -41,7 +41,14 @@ class TokenDecoder(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
 
-    def forward(self, tokens: Tensor, visible: Tensor, num_prefix: int, grid: tuple[int, int] | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        visible: Tensor,
+        num_prefix: int,
+        grid: tuple[int, int] | None = None,
+        codes: Tensor | None = None,
+    ) -> Tensor:
         """(B, P+V, D) encoder tokens and the (B, V) places of the visible ones → (B, N, out).
 
         Args:
@@ -49,10 +56,13 @@ class TokenDecoder(nn.Module):
             visible: their places in raster order of the grid.
             num_prefix: P.
             grid: cells of these images, N = h·w; None is the grid given at the beginning.
+            codes: (1 or B, N, width) of all places, in place of those of a grid.
         """
         x = self.project(tokens)
         positions = self.positions
-        if grid is not None and grid != self.grid:
+        if codes is not None:
+            positions = codes
+        elif grid is not None and grid != self.grid:
             positions = sincos_2d(grid, self.width).to(x.device).unsqueeze(0)
         prefix, seen = x[:, :num_prefix], x[:, num_prefix:]
         full = self.mask_token.to(x.dtype).expand(x.shape[0], positions.shape[1], -1)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vitkit.anatomy.host import host
+from vitkit.models.layout import TokenLayout
 from vitkit.models.normalized import to_model_space
 from vitkit.models.vit import ViT, collect_aux
 from vitkit.pretrain.decoder import TokenDecoder
@@ -66,7 +67,7 @@ class MAE(nn.Module):
         self.patch_size = (int(embed.patch_size[0]), int(embed.patch_size[1]))
         grid = (int(embed.grid_size[0]), int(embed.grid_size[1]))
         width = decoder_dim if decoder_dim is not None else min(512, 2 * vit.embed_dim // 4 * 4)
-        heads = decoder_heads if decoder_heads is not None else _num_heads(width)
+        heads = decoder_heads if decoder_heads is not None else num_decoder_heads(width)
         depth = decoder_depth if decoder_depth is not None else min(8, max(2, len(vit.blocks) // 2))
         if width % heads or width % 4:
             raise ValueError(f"decoder_dim={width} must be a multiple of 4 and of decoder_heads={heads}.")
@@ -97,27 +98,11 @@ class MAE(nn.Module):
         vit = host(self.model)
         x, layout = vit.embed(images)
         num_patches = layout.num_original
-        if not layout.is_full_grid or x.shape[1] != layout.num_prefix + num_patches:
-            raise ValueError(
-                f"Masked autoencoding needs one token per patch of the {layout.grid} grid, but "
-                f"{type(vit.patch_embed).__name__} gives {x.shape[1] - layout.num_prefix}; use another tokenizer, and "
-                "no patch dropout (patch_drop_rate)."
-            )
         if visible is None:
             visible, mask = random_mask(x.shape[0], num_patches, self.mask_ratio, x.device)
         else:
             mask = torch.ones(x.shape[0], num_patches, dtype=torch.bool, device=x.device).scatter_(1, visible, False)
-        prefix, patches = x[:, : layout.num_prefix], x[:, layout.num_prefix :]
-        kept = patches.gather(1, visible.unsqueeze(-1).expand(-1, -1, patches.shape[-1]))
-        if visible.shape[1] < num_patches:
-            # hidden patches are absent, not merged: the visible ones still stand for one patch each
-            layout = layout.take(visible).replace(sizes=None)
-        x, layout = vit.run(torch.cat([prefix, kept], dim=1), layout)
-        if x.shape[1] - layout.num_prefix != visible.shape[1]:
-            raise ValueError(
-                f"{visible.shape[1]} visible patches went in and {x.shape[1] - layout.num_prefix} came out: blocks "
-                "that merge or drop tokens cannot be pretrained by masking; pretrain first, merge afterwards."
-            )
+        x, layout = run_visible(vit, x, layout, visible)
         return self.decoder(vit.norm(x), visible, layout.num_prefix, (layout.grid[-2], layout.grid[-1])), mask
 
     def target(self, images: Tensor) -> Tensor:
@@ -141,7 +126,37 @@ class MAE(nn.Module):
         return self.model
 
 
-def _num_heads(width: int) -> int:
+def run_visible(vit: ViT, x: Tensor, layout: TokenLayout, visible: Tensor) -> tuple[Tensor, TokenLayout]:
+    """The blocks on the prefix and the visible patches alone.
+
+    Args:
+        vit: the host. x, layout: what its ``embed`` gave, (B, P+N, D). visible: (B, V) patches, in raster order.
+
+    Returns: tokens (B, P+V, D), not normalised, and their layout.
+    Raises: ValueError for a tokenizer that does not give one token per patch, and for blocks that merge or drop tokens.
+    """
+    num_patches = layout.num_original
+    if not layout.is_full_grid or x.shape[1] != layout.num_prefix + num_patches:
+        raise ValueError(
+            f"Masked autoencoding needs one token per patch of the {layout.grid} grid, but "
+            f"{type(vit.patch_embed).__name__} gives {x.shape[1] - layout.num_prefix}; use another tokenizer, and "
+            "no patch dropout (patch_drop_rate)."
+        )
+    prefix, patches = x[:, : layout.num_prefix], x[:, layout.num_prefix :]
+    kept = patches.gather(1, visible.unsqueeze(-1).expand(-1, -1, patches.shape[-1]))
+    if visible.shape[1] < num_patches:
+        # hidden patches are absent, not merged: the visible ones still stand for one patch each
+        layout = layout.take(visible).replace(sizes=None)
+    x, layout = vit.run(torch.cat([prefix, kept], dim=1), layout)
+    if x.shape[1] - layout.num_prefix != visible.shape[1]:
+        raise ValueError(
+            f"{visible.shape[1]} visible patches went in and {x.shape[1] - layout.num_prefix} came out: blocks "
+            "that merge or drop tokens cannot be pretrained by masking; pretrain first, merge afterwards."
+        )
+    return x, layout
+
+
+def num_decoder_heads(width: int) -> int:
     """The most heads of at least 32 channels that divide the width; 1 if there are none."""
     return max((h for h in range(1, width // 32 + 1) if width % h == 0), default=1)
 

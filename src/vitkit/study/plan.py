@@ -8,8 +8,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from vitkit import __version__
+from vitkit.errors import BadInput
 from vitkit.models.io import ModelConfig
-from vitkit.study.settings import Measures, Protocol, Recipe, StudySettings
+from vitkit.study.settings import Measures, Protocol, Recipe, StudySettings, Use
 
 # raise when a stage's meaning changes, so that results of older code are not taken for new ones
 STAGE_FORMAT = 2
@@ -120,6 +121,22 @@ def model_config(recipe: Recipe, facts: DataFacts, fold: int) -> ModelConfig:
     )
 
 
+def training_of(recipe: Recipe) -> tuple[list[Use], Use | None]:
+    """The objectives that pretrain, and the one with ``supervised = True`` that takes the place of plain training.
+
+    Raises: BadInput if two would take it.
+    """
+    from vitkit.catalogue import resolve
+
+    learning = [use for use in recipe.objectives if getattr(resolve(use.name), "supervised", False)]
+    if len(learning) > 1:
+        raise BadInput(
+            f"Recipe {recipe.name!r}: {learning[0].name!r} and {learning[1].name!r} both take the place of the "
+            "training from labels; keep one of them."
+        )
+    return [use for use in recipe.objectives if use not in learning], (learning[0] if learning else None)
+
+
 def default_batch(num_train: int) -> int:
     """Batch size that gives a small data set some 40 steps an epoch: 16, 32 or 64."""
     return next((size for size in (16, 32) if num_train < 2 * size * 40), 64)
@@ -147,6 +164,7 @@ def make_plan(settings: StudySettings, recipes: list[Recipe], facts: DataFacts, 
     data = {"data": facts.key, "augment": settings.data.augment, "cache_mb": settings.data.cache_mb}
     for recipe in recipes:
         entry = RecipePlan(recipe)
+        pretraining, learning = training_of(recipe)
         for fold in range(facts.num_folds):
             config = asdict(model_config(recipe, facts, fold))
             for seed in range(protocol.seed, protocol.seed + protocol.seeds):
@@ -154,7 +172,7 @@ def make_plan(settings: StudySettings, recipes: list[Recipe], facts: DataFacts, 
                 where = f"fold {fold}, seed {seed}" if facts.num_folds > 1 else f"seed {seed}"
                 upstream: tuple[str, ...] = (facts.key,)
                 key = None
-                for use in recipe.objectives:
+                for use in pretraining:
                     train = _train_settings(protocol, facts, protocol.pretrain_epochs or epochs, seed)
                     key = put(
                         "pretrain",
@@ -175,6 +193,8 @@ def make_plan(settings: StudySettings, recipes: list[Recipe], facts: DataFacts, 
                         "train": _train_settings(protocol, facts, epochs, seed),
                         "optimizer": optimizer,
                         "init": key,
+                        # only where there is one: what was trained without keeps its key
+                        **({"method": learning.model_dump()} if learning else {}),
                     },
                     upstream,
                     recipe.name,

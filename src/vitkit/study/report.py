@@ -150,6 +150,7 @@ def _page(result: StudyResult) -> dict[str, Any]:
         "machine": _plain_items(result.machine),
         "method": _method(result),
     }
+    page |= _ensemble_tables(result)
     page |= _cost_table(ranked) | _measure_table(ranked) | _faithfulness_table(result) | _class_table(result)
     page["facts"] = _facts(result, done)
     page["sections"] = _sections(page)
@@ -161,6 +162,7 @@ def _sections(page: dict[str, Any]) -> list[tuple[str, str]]:
         ("leaderboard", "Leaderboard", True),
         ("costs", "Cost", page["trade_offs"] or page["cost_rows"]),
         ("measures", "Measures", page["measure_rows"]),
+        ("ensembles", "Ensembles", page["team_rows"]),
         ("calibration", "Calibration", page["reliability"]),
         ("rejection", "Doubtful images", page["rejection"]),
         ("confusion", "Confusion", page["confusion"]),
@@ -376,6 +378,40 @@ def _measure_table(recipes: Sequence[RecipeResult]) -> dict[str, Any]:
         "measure_rows": rows if names else [],
         "measure_notes": notes,
     }
+
+
+def _ensemble_tables(result: StudyResult) -> dict[str, Any]:
+    """Teams of recipes, and how often two recipes answer differently."""
+    found = result.ensembles
+    if found is None:
+        return {"team_rows": [], "apart_header": [], "apart_rows": [], "oracle": ""}
+    everybody = len(found.names)
+    rows = []
+    for team in found.teams:
+        name = f"all {everybody}" if len(team.members) == everybody else " + ".join(team.members)
+        milliseconds = "–" if team.latency_ms_b1 is None else f"{team.latency_ms_b1:.3g} ms"
+        cells = [
+            Cell(team.combine),
+            _measure_cell("accuracy", team.accuracy),
+            _gain_cell(team.gain, team.best_member),
+            Cell(milliseconds, sort=team.latency_ms_b1),
+        ]
+        rows.append(Row(name, cells))
+    apart = [
+        Row(name, [Cell("" if i == j else f"{100 * (value or 0):.1f} %") for j, value in enumerate(values)])
+        for i, (name, values) in enumerate(zip(found.names, found.disagreement))
+    ]
+    oracle = "" if found.oracle is None else f"{100 * found.oracle:.1f} %"
+    return {"team_rows": rows, "apart_header": found.names, "apart_rows": apart, "oracle": oracle}
+
+
+def _gain_cell(gain: Interval, best: str) -> Cell:
+    if gain.value is None:
+        return Cell("–")
+    sub = []
+    if gain.low is not None and gain.high is not None:
+        sub.append(f"{100 * gain.low:+.1f} to {100 * gain.high:+.1f}".replace("-", "−"))
+    return Cell(f"{100 * gain.value:+.1f} points".replace("-", "−"), sub=[*sub, f"over {best}"], sort=gain.value)
 
 
 def _faithfulness_table(result: StudyResult) -> dict[str, Any]:

@@ -265,6 +265,31 @@ class RecipeResult(_Record):
         return None if cost is None else cost.value
 
 
+class TeamResult(_Record):
+    """Several recipes' predictions as one.
+
+    ``combine`` is how, see :data:`vitkit.study.ensembles.COMBINERS`; ``best_member`` the one with the best accuracy on
+    the validation part; ``gain`` the accuracy above it on the same test images.
+    """
+
+    members: list[str]
+    combine: str
+    accuracy: Interval
+    best_member: str
+    gain: Interval
+    latency_ms_b1: Number = None
+
+
+class Ensembles(_Record):
+    """What the recipes answer together, and how differently: ``disagreement`` is the share of test images on which two
+    of ``names`` differ, ``oracle`` the share that at least one gets right (mean over seeds)."""
+
+    teams: list[TeamResult] = Field(default_factory=list)
+    names: list[str] = Field(default_factory=list)
+    disagreement: list[list[Number]] = Field(default_factory=list)
+    oracle: Number = None
+
+
 class Skipped(_Record):
     """A file that could not be used, and why."""
 
@@ -347,6 +372,7 @@ class StudyResult(_Record):
     versions: dict[str, str] = Field(default_factory=dict)
     machine: dict[str, Any] = Field(default_factory=dict)
     recipes: list[RecipeResult] = Field(default_factory=list)
+    ensembles: Ensembles | None = None
     gallery: Gallery | None = None
     verdict: list[str] = Field(default_factory=list)
 

@@ -151,6 +151,8 @@ def _prepare_data(settings: StudySettings, store: Store, study: dict[str, Any], 
             "data": settings.data.model_dump(mode="json", exclude={"cache_mb", "augment"}),
             "fingerprint": source.fingerprint,
             "split": [protocol.test, protocol.val, protocol.folds, protocol.seed],
+            # only where it is asked for: other data keep their key
+            **({"long_tail": protocol.long_tail} if protocol.long_tail is not None else {}),
         },
     )
     if not store.has(stage.key):

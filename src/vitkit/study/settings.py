@@ -89,6 +89,9 @@ class Protocol(Strict):
     budget_seconds: float | None = Field(
         None, gt=0, alias="budget", description="time for everything, like 30m; cuts the epochs of all recipes alike"
     )
+    long_tail: float | None = Field(
+        None, ge=1, description="thin out the training classes: this many images of the first for one of the last"
+    )
     calibration: int = Field(256, ge=1, description="training images a transform may look at")
 
     @field_validator("budget_seconds", mode="before")
@@ -106,8 +109,23 @@ class Measures(Strict):
     explainers: list[str] = Field(["rollout", "grad-cam"], description="names; options by a probe of the recipe")
     explain_images: int = Field(64, ge=1, description="test images scored for faithfulness")
     gallery_images: int = Field(6, ge=0, description="test images shown with their maps")
+    ensembles: list[str] = Field(
+        default_factory=list,
+        description="ways to combine the recipes' predictions: mean, geometric, vote, accuracy, temperature, convex, "
+        "greedy, stacking",
+    )
     latency: bool = Field(True, description="count parameters and FLOPs, time all models alternately")
     bootstrap: int = Field(2000, ge=200, description="resamples of the intervals")
+
+    @field_validator("ensembles")
+    @classmethod
+    def _combiners(cls, value: list[str]) -> list[str]:
+        from vitkit.study.ensembles import COMBINERS
+
+        for name in value:
+            if name not in COMBINERS:
+                raise ValueError(f"{name!r} is none of {', '.join(COMBINERS)}")
+        return value
 
 
 class Recipe(Strict):
@@ -123,7 +141,8 @@ class Recipe(Strict):
         default_factory=list, description="{slot: name}, {slot: {name, where, options}} or a list of them"
     )
     objectives: list[Use] = Field(
-        default_factory=list, description="names, or {name, options}: pretraining, one after the other"
+        default_factory=list,
+        description="names, or {name, options}: pretraining, one after the other; tscnet: in place of plain training",
     )
     optimizer: Use | None = Field(None, description="a name, or {name, options}; None: AdamW")
     transforms: list[Use] = Field(

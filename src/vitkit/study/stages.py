@@ -3,6 +3,7 @@ sees the study's folder: in this process, in a worker, on another machine."""
 
 from __future__ import annotations
 
+import inspect
 import json
 import time
 from collections.abc import Callable
@@ -166,6 +167,9 @@ def _data(context: Context, out: Path) -> None:
 
     data, protocol, source = context.data, context.protocol, context.source()
     folds = split(source, test=protocol.test, val=protocol.val, folds=protocol.folds, seed=protocol.seed)
+    if context.protocol.long_tail is not None:
+        factor = context.protocol.long_tail
+        folds = [replace(f, train=_long_tail(source, f.train, factor, context.protocol.seed)) for f in folds]
     if data.limit is not None:
         folds = [replace(f, train=_limit(source, f.train, data.limit)) for f in folds]
     report = check(source, folds, progress=context.report)
@@ -198,6 +202,15 @@ def _data(context: Context, out: Path) -> None:
     )
     write_text(out / "facts.json", json.dumps(asdict(facts), indent=1))
     write_text(out / "report.json", json.dumps({"fingerprint": source.fingerprint, **report.to_dict()}, indent=1))
+
+
+def _long_tail(source: Any, indices: np.ndarray, factor: float, seed: int) -> np.ndarray:
+    from vitkit.data import long_tail
+
+    if source.task != "classify":
+        raise BadInput(f"long_tail={factor} thins out classes, and this is a {source.task} task; leave it out.")
+    labels = np.array([source.records[i].label for i in indices])
+    return indices[long_tail(labels, factor, seed=seed)]
 
 
 def _limit(source: Any, indices: np.ndarray, limit: int) -> np.ndarray:
@@ -278,9 +291,12 @@ def _fit(context: Context, objective: Any, optimizer: dict[str, Any] | None, val
         name, options = optimizer["name"], optimizer["options"]
     settings = TrainSettings(**train, optimizer=name, optimizer_options=options)
     val = context.loader("val") if validate and len(context.indices("val")) else None
+    images = context.loader("train", train=True, batch_size=settings.batch_size)
+    if callable(getattr(objective, "hold_out", None)):
+        images = objective.hold_out(images)
     return fit(
         objective,
-        context.loader("train", train=True, batch_size=settings.batch_size),
+        images,
         val,
         settings=settings,
         out_dir=context.root / "work" / context.stage.key,
@@ -291,13 +307,37 @@ def _fit(context: Context, objective: Any, optimizer: dict[str, Any] | None, val
 
 def _train(context: Context, out: Path) -> None:
     from vitkit.models.io import save_model
-    from vitkit.train import Supervised
 
     model, config = _new_model(context)
-    objective = Supervised(model, _task(context, context.facts()))
+    objective = _learning(context, model)
     history = _fit(context, objective, context.settings["optimizer"], validate=True)
-    save_model(model.cpu(), config, out)
+    if callable(getattr(objective, "encoder", None)):
+        # what the objective has found out beside the weights comes along
+        model = objective.encoder()
+    save_model(model.cpu(), _with_steps(config, model), out)
     write_text(out / "history.json", json.dumps({"rows": history.rows, "seconds": history.seconds}))
+
+
+def _learning(context: Context, model: Any) -> Any:
+    """What trains from labels: plain supervision, or the recipe's objective that takes its place."""
+    from vitkit.catalogue import resolve
+    from vitkit.train import Supervised
+
+    task, method = _task(context, context.facts()), context.settings.get("method")
+    if method is None:
+        return Supervised(model, task)
+    return resolve(method["name"])(model, task=task, **method["options"]).to(device())
+
+
+def _with_steps(config: Any, model: Any) -> Any:
+    """The config with the structural changes that the model has had since."""
+    from vitkit.anatomy import find_host
+
+    vit = find_host(model)
+    applied = list(getattr(vit if vit is not None else model, "applied", []))
+    # the steps already in the config were restored when the model was loaded
+    fresh = applied[len(config.applied) :] if len(applied) > len(config.applied) else applied
+    return replace(config, applied=[*config.applied, *fresh])
 
 
 def _pretrain(context: Context, out: Path) -> None:
@@ -313,21 +353,19 @@ def _pretrain(context: Context, out: Path) -> None:
 
 
 def _transform(context: Context, out: Path) -> None:
-    from vitkit.anatomy import find_host
     from vitkit.catalogue import resolve
     from vitkit.models.io import load_model, save_model
 
     model, config = load_model(context.folder(context.settings["model"]))
     model = model.to(device())
     method = context.settings["method"]
-    images, _, _ = context.images("train", context.settings["calibration"])
+    images, labels, _ = context.images("train", context.settings["calibration"])
     context.report(method["name"], 0, 1)
-    new, change = resolve(method["name"])(model, images.to(device()), **method["options"])
-    vit = find_host(new)
-    applied = list(getattr(vit if vit is not None else new, "applied", []))
-    # the steps already in the config were restored when the model was loaded
-    fresh = applied[len(config.applied) :] if len(applied) > len(config.applied) else applied
-    save_model(new.cpu(), replace(config, applied=[*config.applied, *fresh]), out)
+    transform = resolve(method["name"])
+    # most look at the images alone
+    given = {"labels": labels.to(device())} if "labels" in inspect.signature(transform).parameters else {}
+    new, change = transform(model, images.to(device()), **given, **method["options"])
+    save_model(new.cpu(), _with_steps(config, new), out)
     write_text(out / "change.json", json.dumps(asdict(change), indent=1, default=str))
 
 
@@ -374,6 +412,7 @@ def _explain(context: Context, out: Path) -> None:
     import torch
 
     from vitkit.catalogue import resolve
+    from vitkit.explain.base import at_places
     from vitkit.explain.faithfulness import score_explainers
     from vitkit.models.io import load_model
 
@@ -390,7 +429,7 @@ def _explain(context: Context, out: Path) -> None:
     for i, use in enumerate(context.settings["explainers"]):
         context.report(use["name"], i, len(context.settings["explainers"]))
         try:
-            maps[use["name"]] = resolve(use["name"])(model, images, target, **use["options"]).map.float()
+            maps[use["name"]] = at_places(resolve(use["name"])(model, images, target, **use["options"]).map.float())
         except (TypeError, ValueError, LookupError, VitkitError) as error:
             # a network without attention has no rollout: that is a fact about the recipe, not a failure of the study
             notes[use["name"]] = str(error)
@@ -479,7 +518,7 @@ _KINDS: dict[str, Callable[[Context, Path], None]] = {
 
 def time_training(root: str, stage: Stage, study: dict[str, Any], steps: int = 4) -> float:
     """Seconds one training stage would take an epoch here, from a few steps of it; nothing is written."""
-    from vitkit.train import Supervised, TrainSettings, fit
+    from vitkit.train import TrainSettings, fit
 
     _seed(0, 0)
     # the weights play no role for the time, and the pretrained ones do not exist yet
@@ -498,7 +537,7 @@ def time_training(root: str, stage: Stage, study: dict[str, Any], steps: int = 4
         method = stage.settings["method"]
         objective = resolve(method["name"])(model, **method["options"])
     else:
-        objective = Supervised(model, _task(context, context.facts()))
+        objective = _learning(context, model)
     optimizer = stage.settings.get("optimizer") or {"name": "adamw", "options": {}}
     settings = TrainSettings(
         **{**stage.settings["train"], "epochs": 2, "early_stop": None},

@@ -6,31 +6,37 @@ import importlib.metadata
 import json
 import os
 import platform
+from collections.abc import Callable
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from vitkit.catalogue import methods
-from vitkit.study import statistics
+from vitkit.study import ensembles, statistics
 from vitkit.study.gallery import make_gallery
-from vitkit.study.plan import DataFacts, Plan, RecipePlan, model_config
+from vitkit.study.plan import DataFacts, Plan, RecipePlan, model_config, training_of
 from vitkit.study.results import (
     Comparison,
     Cost,
     Curves,
     DataReport,
+    Ensembles,
     Faithfulness,
     Interval,
     Paper,
     RecipeResult,
     RobustnessPoint,
     StudyResult,
+    TeamResult,
     TrainPoint,
 )
 from vitkit.study.settings import Recipe, StudySettings
 from vitkit.study.store import Store
 
+# of all pairs, those that are best on the validation part
+_PAIRS_SHOWN = 5
 PACKAGES = ("vitkit", "torch", "torchvision", "timm", "numpy", "scikit-learn", "torchmetrics", "lightning-fabric")
 
 
@@ -94,10 +100,86 @@ def summarise(
         recipes=recipes,
         gallery=make_gallery(galleries, facts.classes) if galleries and settings.measures.gallery_images else None,
     )
+    if settings.measures.ensembles and facts.task == "classify":
+        result.ensembles = _ensembles(recipes, plan, store, facts, settings.measures.ensembles, notes)
     from vitkit.study.verdict import verdict
 
     result.verdict = verdict(result)
     return result
+
+
+def _ensembles(
+    recipes: list[RecipeResult], plan: Plan, store: Store, facts: DataFacts, combiners: list[str], notes: list[str]
+) -> Ensembles | None:
+    """All models together in every way asked for, and the best pairs in the first of them."""
+    entries = {e.recipe.name: e for e in plan.recipes}
+    names = [r.name for r in recipes if r.status == "ok" and r.same_model_as is None]
+    if len(names) < 2:
+        notes.append("An ensemble needs two models that finished; there are fewer.")
+        return None
+    folds = sorted({fold for fold, _ in entries[names[0]].predict})
+    try:
+        parts = {
+            part: [{n: _of_fold(entries[n], store, fold, part) for n in names} for fold in folds]
+            for part in ("test", "val")
+        }
+    except LookupError:
+        notes.append("Ensembles are fitted and chosen on a validation part; set protocol.val above 0.")
+        return None
+    groups = test_groups(entries[names[0]], store, facts)
+    latency = {r.name: r.costs["latency_ms_b1"].value for r in recipes if "latency_ms_b1" in r.costs}
+    right_alone = {
+        part: {n: _right(given, lambda number, seed, n=n, given=given: given[number][n][0][seed]) for n in names}
+        for part, given in parts.items()
+    }
+    alone, on_val = right_alone["test"], {n: float(r.mean()) for n, r in right_alone["val"].items()}
+
+    def together(members: tuple[str, ...], combine: str) -> tuple[float, TeamResult]:
+        def answer(part: str) -> np.ndarray:
+            def of(number: int, seed: int) -> np.ndarray:
+                # fitted on the validation images of the same fold, so that no test image has a say
+                own, fold = parts["val"][number], parts[part][number]
+                fitted = ensembles.fit(np.stack([own[n][0][seed] for n in members]), own[members[0]][1], combine)
+                return fitted.predict(np.stack([fold[n][0][seed] for n in members]))
+
+            return _right(parts[part], of)
+
+        right, best = answer("test"), max(members, key=lambda n: on_val[n])
+        times = [latency.get(n) for n in members]
+        row = TeamResult(
+            members=list(members),
+            combine=combine,
+            accuracy=statistics.bootstrap_ci(right, groups=groups),
+            best_member=best,
+            gain=statistics.bootstrap_ci(right.astype(float) - alone[best], groups=groups),
+            latency_ms_b1=None if None in times else sum(t for t in times if t is not None),
+        )
+        return float(answer("val").mean()), row
+
+    teams = [together(tuple(names), combine)[1] for combine in combiners]
+    if len(names) > 2:
+        pairs = [together(pair, combiners[0]) for pair in combinations(names, 2)]
+        teams += [row for _, row in sorted(pairs, key=lambda pair: -pair[0])[:_PAIRS_SHOWN]]
+    answers = {n: stack_predictions(entries[n], store) for n in names}
+    per_seed = [
+        ensembles.complementarity(np.stack([answers[n][0][s].argmax(-1) for n in names]), answers[names[0]][1])
+        for s in range(len(alone[names[0]]))
+    ]
+    return Ensembles(
+        teams=teams,
+        names=names,
+        disagreement=np.mean([c["disagreement"] for c in per_seed], 0).tolist(),
+        oracle=float(np.mean([c["oracle"] for c in per_seed])),
+    )
+
+
+def _right(folds: list[dict[str, Any]], answer: Callable[..., np.ndarray]) -> np.ndarray:
+    """(S, N) bool, whether ``answer(number of the fold, number of the seed)`` (N, K) is right, folds pooled."""
+    found = []
+    for number, fold in enumerate(folds):
+        values, labels = next(iter(fold.values()))
+        found.append(np.stack([answer(number, seed).argmax(-1) == labels for seed in range(len(values))]))
+    return np.concatenate(found, axis=1)
 
 
 def _note_shared_models(recipes: list[RecipeResult], plan: Plan) -> None:
@@ -131,18 +213,24 @@ def test_groups(entry: RecipePlan, store: Store, facts: DataFacts) -> np.ndarray
 
 def stack_predictions(entry: RecipePlan, store: Store) -> tuple[np.ndarray, np.ndarray]:
     """Test predictions (S, N, K) and labels (N,) with folds pooled."""
-    seeds = sorted({seed for _, seed in entry.predict})
-    folds = sorted({fold for fold, _ in entry.predict})
-    values, labels = [], []
-    for fold in folds:
-        rows = []
-        for seed in seeds:
-            with np.load(store.folder(entry.predict[fold, seed]) / "predictions.npz") as data:
-                rows.append(data["test_predictions"])
-                target = data["test_labels"]
-        values.append(np.stack(rows))
-        labels.append(target)
-    return statistics.pool_folds(values, labels)
+    folds = [_of_fold(entry, store, fold, "test") for fold in sorted({fold for fold, _ in entry.predict})]
+    return statistics.pool_folds([values for values, _ in folds], [labels for _, labels in folds])
+
+
+def _of_fold(entry: RecipePlan, store: Store, fold: int, part: str) -> tuple[np.ndarray, np.ndarray]:
+    """Predictions (S, N, K) of the "test" or "val" part of a fold and labels (N,).
+
+    Raises: LookupError if there is no such part.
+    """
+    rows, labels = [], None
+    for seed in sorted({seed for _, seed in entry.predict}):
+        with np.load(store.folder(entry.predict[fold, seed]) / "predictions.npz") as data:
+            if f"{part}_predictions" not in data:
+                raise LookupError(part)
+            rows.append(data[f"{part}_predictions"])
+            labels = data[f"{part}_labels"]
+    assert labels is not None
+    return np.stack(rows), labels
 
 
 def _recipe(
@@ -203,14 +291,16 @@ def _steps(recipe: Recipe, network_size: tuple[int, int] | None) -> list[str]:
     def text(name: str, options: dict[str, Any]) -> str:
         return name + (f" ({', '.join(f'{k}={v}' for k, v in options.items())})" if options else "")
 
-    steps = [f"pretrain with {text(u.name, u.options)}" for u in recipe.objectives]
+    pretraining, learning = training_of(recipe)
+    steps = [f"pretrain with {text(u.name, u.options)}" for u in pretraining]
     base = "the baseline ViT" if recipe.base == "auto" else recipe.base
     if network_size is not None:
         height, width = network_size
         steps.insert(0, f"enlarge the images to {height}×{width} inside the model, as few pixels as {base} can work on")
     parts = ", ".join(f"{p.slot} = {text(p.name, p.options)}" for p in recipe.parts)
     optimizer = text(recipe.optimizer.name, recipe.optimizer.options) if recipe.optimizer else "AdamW"
-    steps.append(f"train {base}{f' with {parts}' if parts else ''} with {optimizer}")
+    by = f" by {text(learning.name, learning.options)}" if learning else ""
+    steps.append(f"train {base}{f' with {parts}' if parts else ''}{by} with {optimizer}")
     steps += [f"apply {text(u.name, u.options)}" for u in recipe.transforms]
     return steps + [f"probe with {text(u.name, u.options)}" for u in recipe.probes]
 

@@ -353,7 +353,7 @@ def check_transform(transform: Callable[..., Any], places: Iterable[Place] = PLA
     Rules: the input model is as before and shares nothing that was changed; the new one answers with finite logits
     in float32 and bfloat16; ``change`` has what, params_before, params_after, touched; ``deepcopy`` and
     ``state_dict`` round trips; the module's ``restore(model, options)`` rebuilds the structure so that the weights
-    fit; ``anatomy.check`` is content; same seed, same result.
+    fit; ``anatomy.check`` is content; same seed, same result. Transforms that take ``labels`` get them.
 
     Raises: NotConforming.
     """
@@ -365,6 +365,8 @@ def check_transform(transform: Callable[..., Any], places: Iterable[Place] = PLA
     for place in places:
         model = _classifier(place).eval()
         images = place.images(batch=8)
+        if "labels" in inspect.signature(transform).parameters:
+            options = {"labels": torch.arange(8) % 5, **options}
         before, plain = _snapshot(model), _eval(model, images)
         torch.manual_seed(5)
         new, change = transform(model, images, **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 import os
@@ -91,7 +92,8 @@ def fit(
 
     Args:
         objective: ``objective(batch)`` returns a dict with a scalar ``loss``, and optionally ``logs``. Offered and
-            called: ``on_epoch(epoch, total)`` of it and of every submodule, before each epoch (from 0);
+            called: ``on_epoch(epoch, total)`` of it and of every submodule, before each epoch (from 0), with ``loss``
+            as well if it has a parameter of that name: the mean training loss of the epoch before, None in the first;
             ``after_step(step, total)``; ``soft_labels(batch)`` (mixup and CutMix need it and are left out without);
             ``batch_weight(batch)``, by how much a batch counts where its loss is a weighted mean (the number of images
             without); ``evaluate(loader)``; ``task.main_metric``, the validation score that early stopping watches
@@ -520,9 +522,12 @@ class _Run:
         return [f"image {int(i)}" for i in indices]
 
     def _call_on_epoch(self) -> None:
+        loss = self.history.rows[-1]["loss"] if self.history.rows else None
         for module in self.objective.modules():
-            if callable(getattr(module, "on_epoch", None)):
-                module.on_epoch(self.epoch, self.settings.epochs)  # type: ignore[operator]
+            on_epoch = getattr(module, "on_epoch", None)
+            if callable(on_epoch):
+                wants = "loss" in inspect.signature(on_epoch).parameters
+                on_epoch(self.epoch, self.settings.epochs, **({"loss": loss} if wants else {}))
 
     # -- number format and attention path ----------------------------------------------------------------------------
 

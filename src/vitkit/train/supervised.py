@@ -8,11 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vitkit.models.labels import known_labels
 from vitkit.models.vit import collect_aux
 
 
 class Supervised(nn.Module):
     """``loss = task loss + Σ auxiliary losses of the model's parts``; the task loss is computed in float32.
+
+    Parts that supervise inner layers see the labels where an image has one class, see
+    :func:`vitkit.models.labels.known_labels`.
 
     Args:
         model: images (B, C, H, W) in [0, 1] → outputs (B, ``task.num_outputs``).
@@ -29,7 +33,9 @@ class Supervised(nn.Module):
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Any]:
         """``images``, ``labels`` and optionally ``weights`` → ``loss``, ``output`` and ``logs``."""
-        with collect_aux(self.model) as aux:
+        # several labels at once, or numbers to predict, are no classes that a part could know what to do with
+        single = bool(getattr(self.task, "classes", ())) and not getattr(self.task, "multilabel", False)
+        with collect_aux(self.model) as aux, known_labels(self.model, batch["labels"] if single else None):
             output = self.model(batch["images"])
         with torch.autocast(output.device.type, enabled=False):
             task_loss = self.task.loss(output.float(), batch)
@@ -52,6 +58,14 @@ class Supervised(nn.Module):
         """Targets (B, K) as floats, the form in which labels can be blended."""
         return self.task.targets(batch["labels"])
 
+    def predict(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W) in [0, 1] → the outputs that validation scores."""
+        return self.model(images)
+
+    def score(self, outputs: Tensor, labels: Tensor) -> dict[str, float]:
+        """What validation says of all outputs."""
+        return self.task.score(outputs, labels)
+
     @torch.no_grad()
     def evaluate(self, loader: Iterable[dict[str, Any]]) -> dict[str, float]:
         """Loss and the task's scores over a loader, in eval mode; the mode is restored.
@@ -64,7 +78,7 @@ class Supervised(nn.Module):
         self.eval()
         try:
             for batch in loader:
-                outputs.append(self.model(batch["images"].to(device)).float().cpu())
+                outputs.append(self.predict(batch["images"].to(device)).float().cpu())
                 labels.append(batch["labels"])
                 if batch.get("weights") is not None:
                     weights.append(batch["weights"])
@@ -78,4 +92,4 @@ class Supervised(nn.Module):
             whole["weights"] = torch.cat(weights)
         # the caller's autocast would otherwise reach the loss over the whole set
         with torch.autocast("cpu", enabled=False):
-            return {"loss": float(self.task.loss(output, whole)), **self.task.score(output, label)}
+            return {"loss": float(self.task.loss(output, whole)), **self.score(output, label)}

@@ -101,7 +101,7 @@ class ClusterViG(Backbone):
             for i in range(depth)
         )
         self.finish_init(
-            [dim] * depth, [patch] * depth, num_classes, in_chans, global_pool, drop_rate, num_features=head_width
+            [dim] * depth, [patch] * depth, num_classes, in_chans, global_pool, drop_rate, head_width=head_width
         )
         # the bias of the linear layer would be taken out again by the batch norm
         self.head_norm = nn.Sequential(nn.Linear(dim, head_width, bias=False), nn.BatchNorm1d(head_width), nn.GELU())
@@ -140,7 +140,7 @@ class ClusterViG(Backbone):
         super().reset_classifier(num_classes, global_pool)
         if self.head_dist is not None:
             like = next(self.parameters())
-            head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+            head = nn.Linear(self.head_hidden_size, num_classes) if num_classes else nn.Identity()
             self.head_dist = head.to(like.device, like.dtype)
 
 

@@ -29,7 +29,8 @@ class Backbone(nn.Module):
     have ``self.head_norm`` before it.
 
     Attributes:
-        num_features: C of the last stage. num_classes: K, 0 for none. feature_info: one entry a stage, as in timm.
+        num_features: C of ``forward_features``. head_hidden_size: width before the classifier. num_classes: K, 0 for
+            none. feature_info: one entry a stage, as in timm.
         aux_sink: where parts put auxiliary losses while :func:`vitkit.models.vit.collect_aux` is active.
     """
 
@@ -65,15 +66,18 @@ class Backbone(nn.Module):
         global_pool: str | None = None,
         drop_rate: float = 0.0,
         num_features: int | None = None,
+        head_width: int | None = None,
     ) -> None:
         """The head, and the facts timm asks for.
 
         Args:
             dims: C of every stage. reductions: pixels of the image per cell of its map.
             num_classes: K. in_chans: image channels. global_pool: one of ``pools``. drop_rate: before the classifier.
-            num_features: width before the classifier where it is not that of the last stage.
+            num_features: channels of ``forward_features`` where they are not those of the last stage.
+            head_width: width before the classifier where it is another.
         """
-        self.num_features = self.head_hidden_size = num_features or dims[-1]
+        self.num_features = num_features or dims[-1]
+        self.head_hidden_size = head_width or self.num_features
         self.num_classes, self.in_chans = num_classes, in_chans
         self.feature_info = [
             {"num_chs": dim, "reduction": reduction, "module": f"stages.{i}"}
@@ -81,7 +85,7 @@ class Backbone(nn.Module):
         ]
         self._set_pool(global_pool)
         self.head_drop = nn.Dropout(drop_rate)
-        self.head: nn.Module = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        self.head: nn.Module = nn.Linear(self.head_hidden_size, num_classes) if num_classes else nn.Identity()
         self.grad_checkpointing = False
         self.aux_sink: dict[tuple[str, int], Tensor] | None = None
 
@@ -174,7 +178,7 @@ class Backbone(nn.Module):
         if global_pool is not None:
             self._set_pool(global_pool)
         like = next(self.parameters())
-        head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        head = nn.Linear(self.head_hidden_size, num_classes) if num_classes else nn.Identity()
         self.head = head.to(like.device, like.dtype)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -209,7 +213,7 @@ def create(
     pretrained: bool,
     defaults: dict[str, Any],
     kwargs: dict[str, Any],
-    out_indices: tuple[int, ...] = (0, 1, 2, 3),
+    out_indices: int | tuple[int, ...] = (0, 1, 2, 3),
 ) -> Any:
     """Build a registered network as timm builds its own (``features_only``, ``in_chans`` … included).
 

@@ -135,12 +135,10 @@ class EDIT(ViT):
         logits = self._classify(state)
         return layout.tap("logits", logits, None, layout) if layout.tap is not None else logits
 
-    def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    def final_features(self, tokens: Tensor, states: States | None) -> Tensor:
         """The decoder's state, registers and patches, normalised: (B, 1+P+N, D)."""
-        if not isinstance(self.read_out, EDITDecoder):
-            return super().forward_features(x, attn_mask, is_causal)
-        states: States = []
-        tokens, _ = self.run(*self._start(x, attn_mask, is_causal), states)
+        if not isinstance(self.read_out, EDITDecoder) or states is None:
+            return super().final_features(tokens, states)
         state = self.read_out.decode(states, self.blocks)
         return self.norm(torch.cat([state.unsqueeze(1), tokens], dim=1))
 
@@ -195,10 +193,10 @@ def _require_class_readout(vit: ViT) -> None:
 
 default_cfgs = generate_default_cfgs(
     {
-        "edit_femto": cfg(input_size=(3, 32, 32), first_conv="patch_embed.proj"),
-        "edit_tiny": cfg(first_conv="patch_embed.proj"),
-        "edit_small": cfg(first_conv="patch_embed.proj"),
-        "edit_base": cfg(first_conv="patch_embed.proj"),
+        "edit_femto": cfg(input_size=(3, 32, 32), first_conv="patch_embed.proj", fixed_input_size=True),
+        "edit_tiny": cfg(first_conv="patch_embed.proj", fixed_input_size=True),
+        "edit_small": cfg(first_conv="patch_embed.proj", fixed_input_size=True),
+        "edit_base": cfg(first_conv="patch_embed.proj", fixed_input_size=True),
     }
 )
 
@@ -234,4 +232,4 @@ _PAPER: dict[str, Any] = {"patch_size": 16, "depth": 12, "no_embed_class": True,
 
 
 def _create(variant: str, pretrained: bool, defaults: dict[str, Any], kwargs: dict[str, Any]) -> Any:
-    return create(EDIT, variant, pretrained, defaults, kwargs, out_indices=(-1,))
+    return create(EDIT, variant, pretrained, defaults, kwargs, out_indices=3)

@@ -130,9 +130,11 @@ class HgVT(ViT):
 
 default_cfgs = generate_default_cfgs(
     {
-        "hgvt_femto": cfg(input_size=(3, 32, 32), first_conv="patch_embed.stem.0", classifier="read_out.fc"),
-        "hgvt_tiny": cfg(first_conv="patch_embed.stem.0", classifier="read_out.fc"),
-        "hgvt_small": cfg(first_conv="patch_embed.stem.0", classifier="read_out.fc"),
+        "hgvt_femto": cfg(
+            input_size=(3, 32, 32), first_conv="patch_embed.stem.0", classifier="read_out.fc", fixed_input_size=True
+        ),
+        "hgvt_tiny": cfg(first_conv="patch_embed.stem.0", classifier="read_out.fc", fixed_input_size=True),
+        "hgvt_small": cfg(first_conv="patch_embed.stem.0", classifier="read_out.fc", fixed_input_size=True),
     }
 )
 
@@ -160,4 +162,4 @@ def hgvt_small(pretrained: bool = False, **kwargs: Any) -> Any:
 
 
 def _create(variant: str, pretrained: bool, defaults: dict[str, Any], kwargs: dict[str, Any]) -> Any:
-    return create(HgVT, variant, pretrained, defaults, kwargs, out_indices=(-1,))
+    return create(HgVT, variant, pretrained, defaults, kwargs, out_indices=3)

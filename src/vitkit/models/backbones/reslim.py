@@ -138,7 +138,7 @@ class ReslimEncoder(ViT):
         return set(super().no_weight_decay()) | {"patch_embed.query", "patch_embed.variable_embed"}
 
 
-_FIELD = {"input_size": (3, 32, 64), "mean": (0.0,) * 3, "std": (1.0,) * 3, "pool_size": None, "first_conv": None}
+_FIELD = {"input_size": (3, 32, 64), "mean": (0.0,) * 3, "std": (1.0,) * 3, "pool_size": None, "first_conv": ()}
 default_cfgs = generate_default_cfgs(
     {
         "reslim_femto": cfg(**(_FIELD | {"input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.5,) * 3})),
@@ -182,4 +182,4 @@ def reslim_large(pretrained: bool = False, **kwargs: Any) -> Any:
 
 
 def _create(variant: str, pretrained: bool, defaults: dict[str, Any], kwargs: dict[str, Any]) -> Any:
-    return create(ReslimEncoder, variant, pretrained, defaults, kwargs, out_indices=(-1,))
+    return create(ReslimEncoder, variant, pretrained, defaults, kwargs, out_indices=3)

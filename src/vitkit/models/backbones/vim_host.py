@@ -66,7 +66,7 @@ class VimHost(ViT):
 _SMALL = {"input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.5,) * 3}
 default_cfgs = generate_default_cfgs(
     {
-        name: cfg(**changes, pool_size=None, first_conv="patch_embed.proj")
+        name: cfg(**changes, pool_size=None, first_conv="patch_embed.proj", fixed_input_size=True)
         for name, changes in {"vim_femto": _SMALL, "vim_tiny": {}, "vim_small": {}}.items()
     }
 )

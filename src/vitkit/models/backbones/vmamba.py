@@ -37,6 +37,19 @@ class PatchMerging(nn.Module):
         return self.reduction(self.norm(F.pixel_unshuffle(x, 2)))
 
 
+def vss_block(
+    dim: int,
+    orders: tuple[str, ...] | str = CROSS,
+    expand: float = 2,
+    d_state: int = 16,
+    grid: tuple[int, int] | None = None,
+    drop_path: float = 0.0,
+) -> TokenBlock:
+    """``x ← x + SS2D(LN(x))`` on a map, for stages; options as in :class:`~vitkit.models.parts.mixers.ss2d.SS2D`."""
+    block = Block(dim, 1, drop_path=drop_path, norm_layer=partial(nn.LayerNorm, eps=1e-6))
+    return TokenBlock(mixer_only(block, SS2D(dim, orders, expand, d_state, grid=grid, num_prefix=0)))
+
+
 class VMamba(Pyramid):
     """Patch embedding, stages of VSS blocks ``x ← x + SS2D(LN(x))`` without MLP, patch merging between them.
 
@@ -79,14 +92,8 @@ class VMamba(Pyramid):
         rates: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         stages = []
         for i, (dim, grid) in enumerate(zip(dims, grids)):
-            blocks = [
-                mixer_only(
-                    Block(dim, 1, drop_path=rate, norm_layer=partial(nn.LayerNorm, eps=1e-6)),
-                    SS2D(dim, orders, expand, d_state, grid=grid, num_prefix=0),
-                )
-                for rate in rates[i]
-            ]
-            stages.append(Stage([TokenBlock(b) for b in blocks], PatchMerging(dims[i - 1], dim) if i else None))
+            blocks = [vss_block(dim, orders, expand, d_state, grid, rate) for rate in rates[i]]
+            stages.append(Stage(blocks, PatchMerging(dims[i - 1], dim) if i else None))
         super().__init__(
             nn.Sequential(nn.Conv2d(in_chans, dims[0], patch, stride=patch), LayerNorm2d(dims[0])),
             stages,

@@ -14,6 +14,7 @@ from vitkit.models.layout import TokenLayout
 from vitkit.models.parts.mixers.ss2d import SS2D
 from vitkit.models.scan import selective_scan
 from vitkit.models.scan_order import CROSS, OMNI, scan_order
+from vitkit.models.time_order import time_order
 from vitkit.models.vit import Attention
 from vitkit.testing import check_part
 from vitkit.testing.checks import PLACES
@@ -111,12 +112,32 @@ def test_cost_grows_linearly_and_that_of_attention_does_not():
     assert slope(attention) > 1.7
 
 
-def test_merged_tokens_and_cubes_are_refused():
+def test_merged_tokens_are_refused():
     mixer = SS2D(8, num_prefix=0)
     with pytest.raises(ValueError, match="SS2D needs every cell"):
         mixer(torch.randn(1, 3, 8), LAYOUT.take(torch.tensor([[0, 1, 2]])))
-    with pytest.raises(BadInput, match="3 axes"):
-        mixer(torch.randn(1, 24, 8), TokenLayout(grid=(2, 3, 4)))
+
+
+def test_dates_are_convolved_apart_and_scanned_together():
+    mixer, layout = (
+        SS2D(8, ("interleave/snake", "joint", "raster"), d_state=4, num_prefix=0),
+        TokenLayout(grid=(3, 2, 4)),
+    )
+    x = torch.randn(2, 24, 8)
+    u = torch.randn(2, 24, 16)
+    total = torch.zeros_like(u)
+    with torch.no_grad():
+        for k, order in enumerate(mixer.line.orders):
+            path = time_order(layout.grid, order)
+            total[:, path] += plain_scan(mixer, u[:, path], k)
+        assert torch.allclose(mixer.scan(u, layout), total, atol=1e-5)
+        # scans that are silent leave the convolution of each date alone
+        mixer.ssm.D.fill_(1.0)
+        mixer.ssm.x_proj.zero_()
+        whole = mixer(x, layout)
+        alone = [mixer(date, TokenLayout(grid=(2, 4))) for date in x.chunk(3, 1)]
+        assert torch.allclose(whole, torch.cat(alone, 1), atol=1e-5)
+        assert float(whole.abs().max()) > 1e-3
 
 
 def test_builds_by_name_with_its_orders():

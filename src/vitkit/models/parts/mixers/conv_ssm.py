@@ -11,6 +11,7 @@ from vitkit.models.layout import TokenLayout
 from vitkit.models.parts.mixers.ss2d import SS2D
 from vitkit.models.scan_order import CROSS
 from vitkit.models.spec import PartSpec
+from vitkit.models.token_line import on_planes
 
 
 class ConvSSM(nn.Module):
@@ -78,6 +79,6 @@ class ConvSSM(nn.Module):
     def forward(self, x: Tensor, layout: TokenLayout) -> Tensor:
         grid, num_prefix = layout.require_full_grid("ConvSSM"), layout.num_prefix
         near, far = x.chunk(2, -1)
-        cells = self.conv(near[:, num_prefix:].transpose(1, 2).unflatten(2, grid)).flatten(2).transpose(1, 2)
+        cells = on_planes(self.conv, near[:, num_prefix:], grid)
         near = self.point(F.gelu(torch.cat([near[:, :num_prefix], cells], 1)))
         return self.proj(torch.cat([near, self.scan(far, layout)], -1))

@@ -11,7 +11,7 @@ from vitkit.models.cross_attention import CrossAttention
 from vitkit.models.layout import TokenLayout
 from vitkit.models.spec import PartSpec
 from vitkit.models.ssm import CausalConv, SelectiveSSM, rank_of_step
-from vitkit.models.token_line import PLACES, TokenLine
+from vitkit.models.token_line import PLACES, TokenLine, apart, in_turn
 
 # B batch · P prefix tokens · N patches · K paths · E = expand · D inner channels
 
@@ -27,8 +27,9 @@ class Mamba(nn.Module):
 
     Args:
         dim: D.
-        order: path through the grid, see :func:`~vitkit.models.scan_order.scan_order`; or "score": by a learned score
-            of each token, which also scales what it sends (σ of the score), so that the score learns.
+        order: path through the grid, see :func:`~vitkit.models.time_order.time_order`; or "score": by a learned score
+            of each token, which also scales what it sends (σ of the score), so that the score learns. On a grid
+            (T, h, w) "parallel" gives each date a state of its own, with Δ, B and C from the mean of the dates.
         expand: E/D.
         d_state: S, states per channel.
         d_conv: taps of the convolution.
@@ -114,8 +115,10 @@ class Mamba(nn.Module):
         if paths.still is not None:
             # padding is silent and at the end of the path, where the convolution's own zeros are
             lines = lines.masked_fill(paths.still.unsqueeze(-1), 0)
+        dates = self.line.side_by_side(layout, count)
+        lines = apart(lines, dates)
         lines = F.silu(self.conv(lines.flatten(2))).view(lines.shape)
-        y = self.line.restore(self.ssm(lines, paths.still), paths).sum(2)
+        y = self.line.restore(in_turn(self.ssm(lines, paths.still, dates), dates), paths).sum(2)
         return with_prefix(self.out_proj(y * F.silu(z)), x, layout, self.joins, self.attend)
 
 
@@ -127,11 +130,19 @@ def inner_width(dim: int, expand: float) -> int:
     return inner
 
 
-def make_line(orders: tuple[str, ...], mirrored: bool, prefix: str, grid: tuple[int, int] | None) -> TokenLine:
-    """The paths of a mixer whose prefix tokens may stand outside of them."""
+def make_line(
+    orders: tuple[str, ...], mirrored: bool, prefix: str, grid: tuple[int, ...] | None, in_line_only: str = ""
+) -> TokenLine:
+    """The paths of a mixer whose prefix tokens may stand outside of them.
+
+    ``in_line_only`` names a mixer in which dates cannot walk side by side.
+    """
     if prefix not in PREFIX:
         raise unknown("way of prefix tokens", prefix, PREFIX, "vitkit show mamba")
-    return TokenLine(orders, mirrored, "first" if prefix == "attend" else prefix, grid)
+    line = TokenLine(orders, mirrored, "first" if prefix == "attend" else prefix, grid)
+    if in_line_only and line.parallel:
+        raise BadInput(f"{in_line_only} has no parallel scan of dates; use sequential or interleave, or mamba or vim.")
+    return line
 
 
 def with_prefix(update: Tensor, x: Tensor, layout: TokenLayout, joined: bool, attend: CrossAttention | None) -> Tensor:

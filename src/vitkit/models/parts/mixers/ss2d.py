@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vitkit.errors import BadInput, unknown
+from vitkit.errors import unknown
 from vitkit.models.cross_attention import CrossAttention
 from vitkit.models.layout import TokenLayout
 from vitkit.models.parts.mixers.mamba import inner_width, make_line, with_prefix
 from vitkit.models.scan_order import CROSS
 from vitkit.models.spec import PartSpec
 from vitkit.models.ssm import SelectiveSSM, rank_of_step
+from vitkit.models.token_line import apart, in_turn, on_planes
 
 # B batch · P prefix tokens · N = h·w patches · K paths · E = expand · D inner channels
 
@@ -30,8 +31,10 @@ class SS2D(nn.Module):
 
     Args:
         dim: D.
-        orders: paths, see :func:`~vitkit.models.scan_order.scan_order`; default rows and columns, forwards and
-            backwards. A text is taken apart at its plus signs or commas: "raster+snake_v_rev".
+        orders: paths, see :func:`~vitkit.models.time_order.time_order`; default rows and columns, forwards and
+            backwards. A text is taken apart at its plus signs or commas: "raster+snake_v_rev". On a grid (T, h, w)
+            the convolution sees one date at a time; paths may mix "sequential", "interleave" and "joint", or all be
+            "parallel": each date has a state of its own, with Δ, B and C from the mean of the dates.
         expand: E/D.
         d_state: S, states per channel.
         dt_rank: R of the steps; None: ⌈D/16⌉.
@@ -46,7 +49,7 @@ class SS2D(nn.Module):
         dropped or padded: the convolution needs every cell of the grid.
     Paper: VMamba: Visual State Space Model, arXiv:2401.10166; one of the mechanisms of Vision Mamba in Remote Sensing,
         arXiv:2505.00630.
-    Departs from the paper: other paths than its four, and prefix tokens, which it does not have.
+    Departs from the paper: other paths than its four, several dates, and prefix tokens, which it does not have.
     """
 
     slot = "mixer"
@@ -101,19 +104,16 @@ class SS2D(nn.Module):
 
     def forward(self, x: Tensor, layout: TokenLayout) -> Tensor:
         grid = layout.require_full_grid("SS2D")
-        if len(grid) != 2:
-            raise BadInput(
-                f"SS2D scans a plane, and the grid {'×'.join(map(str, grid))} has {len(grid)} axes; use vim."
-            )
         num_prefix = layout.num_prefix
         u, z = self.in_proj(x if self.joins else x[:, num_prefix:]).chunk(2, -1)
         count = num_prefix if self.joins else 0
-        cells = u[:, count:].transpose(1, 2).unflatten(2, grid)
-        cells = self.dwconv(cells).flatten(2).transpose(1, 2)
+        cells = on_planes(self.dwconv, u[:, count:], grid)
         y = self.scan(F.silu(torch.cat([u[:, :count], cells], 1) if count else cells), layout, count)
         return with_prefix(self.out_proj(self.norm(y) * F.silu(z)), x, layout, self.joins, self.attend)
 
     def scan(self, u: Tensor, layout: TokenLayout, num_prefix: int = 0) -> Tensor:
         """The cross-scan alone: inner tokens (B, P+N, E) with ``num_prefix`` prefix rows → their sum over the paths."""
         paths = self.line.paths(layout, len(u), u.device, num_prefix)
-        return self.line.restore(self.ssm(self.line.gather(u, paths)), paths).sum(2)
+        dates = self.line.side_by_side(layout, num_prefix)
+        y = self.ssm(apart(self.line.gather(u, paths), dates), common=dates)
+        return self.line.restore(in_turn(y, dates), paths).sum(2)

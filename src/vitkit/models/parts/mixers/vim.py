@@ -13,8 +13,9 @@ class Vim(Mamba):
 
     Args:
         dim: D.
-        order: path through the grid, see :func:`~vitkit.models.scan_order.scan_order`; or "score": by a learned score
-            of each token, which also scales what it sends.
+        order: path through the grid, see :func:`~vitkit.models.time_order.time_order`; or "score": by a learned score
+            of each token, which also scales what it sends. For grids (T, h, w) see
+            :class:`~vitkit.models.parts.mixers.mamba.Mamba`.
         expand: E/D, inner channels over those of a token.
         d_state: S, states per channel.
         d_conv: taps of the convolutions.

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vitkit.errors import BadInput
 from vitkit.models.cross_attention import CrossAttention
 from vitkit.models.layout import TokenLayout
 from vitkit.models.parts.mixers.mamba import with_prefix
@@ -75,10 +76,13 @@ class WaveletSSM(nn.Module):
         return new
 
     def forward(self, x: Tensor, layout: TokenLayout) -> Tensor:
-        h, w = layout.require_full_grid("WaveletSSM")
+        grid = layout.require_full_grid("WaveletSSM")
+        if len(grid) != 2:
+            raise BadInput(f"WaveletSSM splits a plane, not a grid of {'×'.join(map(str, grid))}; use ss2d.")
+        h, w = grid
         low, high = haar(x[:, layout.num_prefix :].transpose(1, 2).unflatten(2, (h, w)))
-        grid = tuple(low.shape[-2:])
-        low = self.low(low.flatten(2).transpose(1, 2), TokenLayout(grid=grid)).transpose(1, 2).unflatten(2, grid)
+        half = tuple(low.shape[-2:])
+        low = self.low(low.flatten(2).transpose(1, 2), TokenLayout(grid=half)).transpose(1, 2).unflatten(2, half)
         cells = inverse_haar(low, self.high(high))[..., :h, :w]
         return with_prefix(self.proj(cells.flatten(2).transpose(1, 2)), x, layout, False, self.attend)
 
