@@ -40,6 +40,11 @@ def test_found_by_name_id_and_key():
         taxonomy("lightweight-vit-surve")
 
 
+def test_no_mechanism_of_the_mamba_survey_is_missing():
+    empty = [cell.name for cell in taxonomies()["vision-mamba-remote-sensing"] if not cell.recipes and not cell.python]
+    assert not empty
+
+
 def test_printed():
     from vitkit.cli import app
 

@@ -120,7 +120,8 @@ def check_part(
     Rules: runs (or refuses by a ValueError that says what it needs) on odd grids, with 0, 1 and 5 prefix tokens and
     1, 3 and 5 channels; finite; float32 and bfloat16; train and eval; input not changed; same seed, same result;
     every new parameter gets a finite, non-zero gradient within two optimizer steps (``no_gradient`` lists exceptions
-    by name); ``deepcopy`` and ``state_dict`` round trips; activation checkpointing; ``preserves = "exact"`` keeps the
+    by name); an image alone has the input gradient it has in a batch; ``deepcopy`` and ``state_dict`` round trips;
+    activation checkpointing; ``preserves = "exact"`` keeps the
     logits; undo puts the old modules back; no graph breaks under ``torch.compile`` (unless ``compile_note`` says why).
 
     Args:
@@ -197,10 +198,31 @@ def _part_in_place(
     low = _eval(half, images.to(torch.bfloat16))
     _require(low.dtype == torch.bfloat16 and bool(torch.isfinite(low).all()), "bfloat16", place, f"{low.dtype} or NaN")
     report.passed |= {"shape", "finite", "input not changed", "deterministic in eval", "same seed, same result"}
+    _check_alone(place, model, images, report)
     report.passed |= {"deepcopy", "state_dict", "bfloat16"} | ({"preserves"} if record.preserves == "exact" else set())
     _check_gradients(place, cls, model, report)
     _check_checkpointing(place, again, report)
     _check_undo(place, cls, slot, options, report)
+
+
+def _check_alone(place: object, model: nn.Module, images: Tensor, report: Conformance) -> None:
+    """An image alone has the logits and the input gradient that it has in a batch: explanations stand on both.
+
+    A batch norm in eval mode on a CPU (PyTorch 2.15) reads the gradient of a single image wrongly if it comes back
+    through ``flatten(2).transpose(1, 2)``; :func:`vitkit.models.cells.as_tokens` avoids it.
+    """
+    model.eval()
+
+    def gradient(x: Tensor) -> Tensor:
+        x = x.clone().requires_grad_()
+        logits = model(x)
+        (found,) = torch.autograd.grad((logits * torch.linspace(-1, 1, logits.shape[-1])).sum(), x)
+        return found
+
+    together, alone = gradient(images), torch.cat([gradient(image[None]) for image in images])
+    gap = float((together - alone).abs().max() / together.abs().max().clamp(min=1e-12))
+    _require(gap < 1e-2, "an image alone", place, f"its input gradient differs by {gap:.2g} from that in a batch")
+    report.passed.add("an image alone")
 
 
 def _check_gradients(place: Place, cls: type, model: ViT, report: Conformance) -> None:
@@ -453,8 +475,9 @@ def check_objective(objective: type[nn.Module], places: Iterable[Place] = PLACES
 def check_backbone(name: str, image_size: int = 64, in_chans: int = 3, **options: Any) -> Conformance:
     """Create a network by its timm name and try timm's contract.
 
-    Rules: ``forward_features``, ``forward_head`` and ``forward`` agree; ``reset_classifier``; ``num_features``;
-    ``features_only`` where ``feature_info`` is there; gradient checkpointing flag; ``state_dict`` and ``deepcopy``.
+    Rules: ``forward_features``, ``forward_head`` and ``forward`` agree; ``reset_classifier``; ``head_hidden_size``;
+    ``features_only`` gives maps of the declared widths, or refuses by a ValueError; an image alone has the input
+    gradient it has in a batch; gradient checkpointing; ``state_dict`` and ``deepcopy``.
 
     Raises: NotConforming.
     """
@@ -472,6 +495,15 @@ def check_backbone(name: str, image_size: int = 64, in_chans: int = 3, **options
         pooled = model.forward_head(features, pre_logits=True)
     _require(pooled.shape[-1] == model.head_hidden_size, "head_hidden_size", name, f"{tuple(pooled.shape)}")
     _require(_close(_eval(copy.deepcopy(model), images), out, 1e-6), "deepcopy", name, "the copy differs")
+    _check_alone(name, model, images, report)
+    try:
+        extractor = timm.create_model(name, features_only=True, in_chans=in_chans, **options).eval()
+        with torch.no_grad():
+            widths = [m.shape[1] for m in extractor(images)]
+        _require(widths == extractor.feature_info.channels(), "features_only", name, f"maps have {widths} channels")
+        report.passed.add("features_only")
+    except ValueError as error:
+        report.refused["features_only"] = str(error)
     twin = timm.create_model(name, num_classes=5, in_chans=in_chans, **options)
     twin.load_state_dict(model.state_dict())
     _require(_close(_eval(twin, images), out, 1e-5), "state_dict", name, "loaded weights differ")

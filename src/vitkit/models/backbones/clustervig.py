@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from vitkit.errors import BadInput
 from vitkit.models.backbones.contract import Backbone, cfg, create, init_weights
 from vitkit.models.backbones.pyramid import Halve
+from vitkit.models.cells import as_tokens
 from vitkit.models.parts.mixers.degc import DEGC, neighbours_at
 from vitkit.models.presets import default_patch
 
@@ -44,7 +45,7 @@ class ClusterBlock(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens = (x + self.position(x)).flatten(2).transpose(1, 2)
+        tokens = as_tokens(x + self.position(x))
         x = x + self.drop_path(self.mixer.convolve(tokens).transpose(1, 2).reshape(x.shape))
         return x + self.drop_path(self.ffn(x))
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from vitkit.errors import BadInput
 from vitkit.models.backbones.contract import cfg, create
+from vitkit.models.cells import as_tokens
 from vitkit.models.mdcm import Cues, Grid, MultiScaleCues
 
 __all__ = ["MDCM"]
@@ -79,7 +80,7 @@ class MDCM(nn.Module):
             maps = [found[s] for s in self.picked]
         if self.nhwc:
             return [m.flatten(1, 2) for m in maps], [(m.shape[1], m.shape[2]) for m in maps]
-        return [m.flatten(2).transpose(1, 2) for m in maps], [(m.shape[2], m.shape[3]) for m in maps]
+        return [as_tokens(m) for m in maps], [(m.shape[2], m.shape[3]) for m in maps]
 
     def forward_features(self, x: Tensor, target: Tensor | None = None) -> Tensor:
         """Images → vectors of the stages (B, S, D)."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vitkit.models.backbones.contract import Backbone
+from vitkit.models.cells import as_tokens
 from vitkit.models.layout import TokenLayout
 
 # B batch · C channels · H×W map · P prefix tokens · N = H·W
@@ -156,7 +157,7 @@ class Pyramid(Backbone):
 
 def to_tokens(state: State) -> tuple[Tensor, TokenLayout]:
     """(B, P+N, C), prefix first, and the layout that says so."""
-    x = state.map.flatten(2).transpose(1, 2)
+    x = as_tokens(state.map)
     groups: tuple[tuple[str, int], ...] = ()
     if state.prefix is not None:
         x = torch.cat([state.prefix, x], 1)

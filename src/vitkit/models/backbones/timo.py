@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from vitkit.errors import BadInput
 from vitkit.models.backbones.contract import cfg, create, init_weights
 from vitkit.models.backbones.pyramid import Halve, MapBlock, Pyramid, Stage, State, TokenBlock
+from vitkit.models.cells import as_tokens
 from vitkit.models.parts.mixers.stga import STGA
 from vitkit.models.sincos import sincos_clip
 from vitkit.models.vit import Attention, Block, Mlp
@@ -253,7 +254,7 @@ class TiMo(Pyramid):
         units = units.gather(1, visible[:, :, None, None, None].expand(-1, -1, *units.shape[2:])).transpose(1, 2)
         for stage in self.stages:
             units = self.step(partial(_inside_units, stage), units)  # type: ignore[arg-type]
-        return units.flatten(2).transpose(1, 2)
+        return as_tokens(units)
 
 
 def _inside_units(stage: Stage, units: Tensor) -> Tensor:

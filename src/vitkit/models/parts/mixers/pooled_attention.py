@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitkit.errors import BadInput
+from vitkit.models.cells import as_tokens
 from vitkit.models.cross_attention import CrossAttention
 from vitkit.models.layout import TokenLayout
 from vitkit.models.spec import PartSpec
@@ -68,7 +69,7 @@ class PooledAttention(nn.Module):
         prefix, patches = x[:, : layout.num_prefix], x[:, layout.num_prefix :]
         cells = patches.transpose(1, 2).unflatten(2, grid)
         cells = F.pad(cells, (0, -grid[1] % self.sr, 0, -grid[0] % self.sr))
-        pooled = self.norm(self.reduce(cells).flatten(2).transpose(1, 2))
+        pooled = self.norm(as_tokens(self.reduce(cells)))
         return self.attn(x, torch.cat([prefix, pooled], 1))
 
     def extra_repr(self) -> str:

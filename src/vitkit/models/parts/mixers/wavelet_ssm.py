@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitkit.errors import BadInput
+from vitkit.models.cells import as_tokens
 from vitkit.models.cross_attention import CrossAttention
 from vitkit.models.layout import TokenLayout
 from vitkit.models.parts.mixers.mamba import with_prefix
@@ -82,9 +83,9 @@ class WaveletSSM(nn.Module):
         h, w = grid
         low, high = haar(x[:, layout.num_prefix :].transpose(1, 2).unflatten(2, (h, w)))
         half = tuple(low.shape[-2:])
-        low = self.low(low.flatten(2).transpose(1, 2), TokenLayout(grid=half)).transpose(1, 2).unflatten(2, half)
+        low = self.low(as_tokens(low), TokenLayout(grid=half)).transpose(1, 2).unflatten(2, half)
         cells = inverse_haar(low, self.high(high))[..., :h, :w]
-        return with_prefix(self.proj(cells.flatten(2).transpose(1, 2)), x, layout, False, self.attend)
+        return with_prefix(self.proj(as_tokens(cells)), x, layout, False, self.attend)
 
 
 def haar(maps: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from vitkit.errors import BadInput
+from vitkit.models.cells import as_tokens
 from vitkit.models.layout import TokenLayout
 from vitkit.models.spec import PartSpec
 
@@ -62,7 +63,7 @@ class CPE(nn.Module):
             raise BadInput(f"cpe convolves a plane; the grid {'×'.join(map(str, grid))} has {len(grid)} axes.")
         prefix, patches = x[:, : layout.num_prefix], x[:, layout.num_prefix :]
         cells = patches.transpose(1, 2).unflatten(2, grid)
-        return torch.cat([prefix, patches + self.conv(cells).flatten(2).transpose(1, 2)], 1)
+        return torch.cat([prefix, patches + as_tokens(self.conv(cells))], 1)
 
     forward = embed
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitkit.errors import BadInput
+from vitkit.models.cells import as_tokens
 from vitkit.models.layout import TokenLayout
 from vitkit.models.spec import PartSpec
 
@@ -109,7 +110,7 @@ class ConvStem(nn.Module):
                 f"to {max(height // p_h, 1) * p_h}×{max(width // p_w, 1) * p_w}."
             )
         x = self.proj(self.stem(images))
-        return x.flatten(2).transpose(1, 2), TokenLayout(grid=(x.shape[-2], x.shape[-1]))
+        return as_tokens(x), TokenLayout(grid=(x.shape[-2], x.shape[-1]))
 
 
 def _several(values: int | Sequence[int] | None) -> list[int]:
