@@ -33,7 +33,8 @@ def build(name: str = "vit_pico", *, pretrained: bool = False, **options: Any) -
         swaps.
 
     Raises:
-        UnknownName: no such model, slot or part. BadInput: slots asked of a model that is not a plain ViT.
+        UnknownName: no such model, slot or part. BadInput: slots asked of a model that is not a plain ViT, an image
+            size that is no whole number of patches, or sizes that timm refuses.
     """
     slots = {k: options.pop(k) for k in list(options) if k in SLOTS or k in _ALIASES}
     model = create(name, pretrained=pretrained, **options)
@@ -62,6 +63,10 @@ def create(name: str, *, pretrained: bool = False, **options: Any) -> nn.Module:
             )
         else:
             raise BadInput(f"Cannot create {name!r}: {error}.") from error
+    except AssertionError as error:
+        # timm checks some sizes by assertions that name no value
+        given = ", ".join(f"{key}={value}" for key, value in options.items())
+        raise BadInput(f"Cannot create {name!r} with {given}: {error}.{_divisors(options, error)}") from error
     except (OSError, RuntimeError) as error:
         if pretrained:
             raise VitkitError(
@@ -71,11 +76,41 @@ def create(name: str, *, pretrained: bool = False, **options: Any) -> nn.Module:
         raise
     if not isinstance(model, (VisionTransformer, Eva)):
         return model
+    if options.get("img_size") is not None:
+        _require_whole_patches(name, model)
     try:
         return rehost(model)
     except BadInput:
         # a variant with a forward pass of its own (post-norm, parallel blocks, two heads) stays what it is
         return model
+
+
+def _divisors(options: dict[str, Any], error: AssertionError) -> str:
+    """Numbers of heads that would do, where that is what timm stumbled over."""
+    heads, dim = options.get("num_heads"), options.get("embed_dim")
+    if not isinstance(heads, int) or "num_heads" not in str(error):
+        return ""
+    if not isinstance(dim, int):
+        return f" num_heads={heads} must divide the width; leave it out, or give embed_dim={64 * heads} too."
+    return f" num_heads={heads} must divide embed_dim={dim}: {[h for h in range(1, 33) if dim % h == 0]} do."
+
+
+def _require_whole_patches(name: str, model: Any) -> None:
+    """timm cuts off the pixels of a last patch that is not whole, and says nothing."""
+    embed = model.patch_embed
+    size, patch = getattr(embed, "img_size", None), getattr(embed, "patch_size", None)
+    if size is None or patch is None or getattr(embed, "dynamic_img_pad", False):
+        return
+    if any(side % p for side, p in zip(size, patch)):
+        fits = " or ".join(
+            "×".join(str((side // p + more) * p) for side, p in zip(size, patch))
+            for more in (0, 1)
+            if more or all(side >= p for side, p in zip(size, patch))
+        )
+        raise BadInput(
+            f"img_size={size[0]}×{size[1]} of {name!r} is not a whole number of {patch[0]}×{patch[1]} patches; use "
+            f"{fits}, another patch_size, or dynamic_img_pad=True."
+        )
 
 
 def as_parts(value: Any) -> list[tuple[Any, dict[str, Any]]]:
