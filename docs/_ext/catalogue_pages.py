@@ -17,8 +17,8 @@ from pydantic import BaseModel
 
 from vitkit.catalogue import KINDS, Entry, Method, load
 from vitkit.catalogue import methods as all_methods
-from vitkit.catalogue.describe import Description, describe, kinds, purpose
-from vitkit.catalogue.options import plain
+from vitkit.catalogue.describe import NETWORK_DEFAULTS, Description, describe, kinds, purpose
+from vitkit.catalogue.options import network_of, plain
 from vitkit.errors import VitkitError
 from vitkit.evidence import read_evidence
 from vitkit.evidence.runner import has_experiment
@@ -93,7 +93,9 @@ def method_page(method: Method) -> str:
     if about is None:
         out += [f":::{{note}}\nNot usable where this page was made: {text(missing)}\n:::", ""]
     else:
-        sections = docstring(method.load())
+        found = method.load()
+        # a network's own words are those of its class
+        sections = docstring(network_of(found) or found)
         if sections.get(""):
             out += ["## How it works", "", sections[""], ""]
         out += ["## Use", ""]
@@ -102,6 +104,8 @@ def method_page(method: Method) -> str:
         out += ["## Options", ""]
         rows = [[code(o.name), code(o.type), code(o.default), text(o.meaning)] for o in about.options]
         out += grid(["option", "type", "default", "meaning"], rows) if rows else ["None.", ""]
+        if method.kind == "backbone":
+            out += [NETWORK_DEFAULTS, ""]
         for title, body in sections.items():
             if title and title not in _ELSEWHERE:
                 out += [f"**{title}:** {body}", ""]

@@ -74,3 +74,18 @@ def test_long_decimals_are_readable():
 
 def test_warm_is_explained_even_if_the_docstring_does_not():
     assert options(Part)[0].meaning.startswith("start from what fits")
+
+
+def test_a_networks_options_are_those_of_its_class():
+    from vitkit.catalogue import methods
+    from vitkit.catalogue.options import network_of
+
+    found = methods()["hgvt"].load()
+    rows = {o.name: o for o in options(found)}
+    assert network_of(found).__name__ == "HgVT"
+    assert rows["edges"].default == "32" and rows["edges"].meaning and "depth" in rows
+    # what a study gives, and what only timm explains
+    assert not {"img_size", "num_classes", "pretrained", "qk_norm"} & set(rows)
+    for method in methods().values():
+        if method.kind == "backbone" and method.entry.source == "vitkit":
+            assert options(method.load()), method.name

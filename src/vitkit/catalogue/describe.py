@@ -32,6 +32,10 @@ class Description:
     options: tuple[Option, ...]
 
 
+#: said below the options of a network
+NETWORK_DEFAULTS = "Defaults are those of the network's class; a size has widths and depths of its own."
+
+
 def describe(method: Method) -> Description:
     """Load a method and read from its signature and docstring how it is used.
 

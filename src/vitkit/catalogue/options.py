@@ -54,8 +54,21 @@ class Option:
     meaning: str
 
 
+# of a network a study gives these
+_GIVEN_TO_NETWORKS = {"self", "pretrained", "img_size", "in_chans", "num_classes"}
+
+
+def network_of(found: Any) -> type | None:
+    """The class behind a network registered with timm: the one among its module's public names that is a network."""
+    if inspect.isclass(found) or not _passes_on(found):
+        return None
+    module = inspect.getmodule(found)
+    public = [getattr(module, name, None) for name in getattr(module, "__all__", ())]
+    return next((c for c in public if inspect.isclass(c) and hasattr(c, "forward_features")), None)
+
+
 def options(found: Any) -> list[Option]:
-    """The options of a part, transform, probe, objective or optimizer, in the order of its signature.
+    """The options of a part, transform, probe, objective, optimizer or network, in the order of its signature.
 
     What the toolkit gives itself (model, images, the place in the host) is left out. For a part the options are those
     of ``from_standard``; where that passes on ``**options``, those of the constructor follow.
@@ -65,7 +78,13 @@ def options(found: Any) -> list[Option]:
     """
     sources: list[Any] = [found]
     inherited: list[Any] = []
-    if inspect.isclass(found):
+    given, network = _GIVEN, network_of(found)
+    if network is not None:
+        given, found = _GIVEN_TO_NETWORKS, network
+        own, *bases_of_it = _constructors(network)
+        # the rest of timm's arguments are in its documentation
+        sources, inherited = [own], [c for c in bases_of_it if c.__module__.partition(".")[0] != "timm"]
+    elif inspect.isclass(found):
         starter = getattr(found, "from_standard", None)
         sources = [] if starter is None else [starter]
         if starter is None or _passes_on(starter):
@@ -79,7 +98,7 @@ def options(found: Any) -> list[Option]:
     rows: dict[str, Option] = {}
     for source in [*sources, *inherited]:
         for p in _parameters(source):
-            hidden = p.name in _GIVEN or p.name.startswith("_") or p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+            hidden = p.name in given or p.name.startswith("_") or p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
             # what a base class demands, the class itself gives
             hidden = hidden or (source in inherited and p.default is p.empty)
             if not hidden and p.name not in rows:

@@ -34,7 +34,7 @@ def show(name: Annotated[str, typer.Argument(help="A method, an entry of the cat
 def _show_method(out: Any, method: Method, alone: bool) -> None:
     from rich.text import Text
 
-    from vitkit.catalogue.describe import describe
+    from vitkit.catalogue.describe import NETWORK_DEFAULTS, describe
     from vitkit.cli.console import table
     from vitkit.errors import VitkitError
 
@@ -61,6 +61,8 @@ def _show_method(out: Any, method: Method, alone: bool) -> None:
     for option in about.options:
         shown.add_row(*(Text(v) for v in (option.name, option.type, option.default, option.meaning)))
     out.print(shown)
+    if method.kind == "backbone":
+        out.print(Text(NETWORK_DEFAULTS))
 
 
 def _show_paper(out: Any, entry: Entry) -> None:
