@@ -122,13 +122,14 @@ def check_part(
     every new parameter gets a finite, non-zero gradient within two optimizer steps (``no_gradient`` lists exceptions
     by name); an image alone has the input gradient it has in a batch; ``deepcopy`` and ``state_dict`` round trips;
     activation checkpointing; ``preserves = "exact"`` keeps the
-    logits; undo puts the old modules back; no graph breaks under ``torch.compile`` (unless ``compile_note`` says why).
+    logits; undo puts the old modules back; no graph breaks under ``torch.compile`` (unless ``compile_note`` says why);
+    ``torch.export`` (unless ``export_note`` says why not).
 
     Args:
         part: a class with ``from_standard(old, spec, **options)``, or its catalogue name.
         slot: default: the part's own ``slot``.
         places: where to try it.
-        dynamo: check graph breaks, which takes seconds.
+        dynamo: check graph breaks and export, which takes seconds.
         options: given to the part.
 
     Raises: NotConforming.
@@ -160,7 +161,25 @@ def check_part(
         breaks = torch._dynamo.explain(model.eval())(place.images()).graph_break_count
         _require(breaks == 0, "compiles", place, f"{breaks} graph breaks; document the reason in compile_note")
         report.passed.add("compiles")
+    if dynamo and not getattr(cls, "export_note", ""):
+        place = next(p for p in places if str(p) not in report.refused)
+        _check_export(place, _swapped(place, cls, str(wanted), options)[0], place.images(), report)
     return report
+
+
+def _check_export(where: object, model: nn.Module, images: Tensor, report: Conformance) -> None:
+    """``torch.export`` takes the model, and the exported program answers as it does."""
+    model.eval()
+    try:
+        program = torch.export.export(model, (images,), strict=False)
+    except Exception as error:
+        # whatever the tracer raises, its first line says what it stumbled over
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise NotConforming(f"exports: {reason}; document the reason in export_note ({where}).") from error
+    with torch.no_grad():
+        same = _close(program.module()(images), model(images), 1e-4)
+    _require(same, "exports", where, "the exported program answers differently")
+    report.passed.add("exports")
 
 
 def _swapped(place: Place, cls: type, slot: str, options: dict[str, Any], seed: int = 0) -> tuple[ViT, SwapRecord]:
@@ -477,7 +496,8 @@ def check_backbone(name: str, image_size: int = 64, in_chans: int = 3, **options
 
     Rules: ``forward_features``, ``forward_head`` and ``forward`` agree; ``reset_classifier``; ``head_hidden_size``;
     ``features_only`` gives maps of the declared widths, or refuses by a ValueError; an image alone has the input
-    gradient it has in a batch; gradient checkpointing; ``state_dict`` and ``deepcopy``.
+    gradient it has in a batch; gradient checkpointing; ``state_dict`` and ``deepcopy``; ``torch.export`` (unless
+    ``export_note`` of the class says why not).
 
     Raises: NotConforming.
     """
@@ -496,6 +516,8 @@ def check_backbone(name: str, image_size: int = 64, in_chans: int = 3, **options
     _require(pooled.shape[-1] == model.head_hidden_size, "head_hidden_size", name, f"{tuple(pooled.shape)}")
     _require(_close(_eval(copy.deepcopy(model), images), out, 1e-6), "deepcopy", name, "the copy differs")
     _check_alone(name, model, images, report)
+    if not getattr(model, "export_note", ""):
+        _check_export(name, copy.deepcopy(model), images, report)
     try:
         extractor = timm.create_model(name, features_only=True, in_chans=in_chans, **options).eval()
         with torch.no_grad():

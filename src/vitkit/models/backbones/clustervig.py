@@ -70,6 +70,8 @@ class ClusterViG(Backbone):
     Departs from the paper: positions resampled for other image sizes, and the small size, are ours.
     """
 
+    export_note = DEGC.export_note
+
     def __init__(
         self,
         img_size: int | tuple[int, int] = 224,

@@ -45,6 +45,7 @@ class DEGC(nn.Module):
     preserves = "none"
     takes_layout = True
     compile_note = "blocks of nodes are as long as the largest clusters of the batch, which only the data say"
+    export_note = compile_note
 
     def __init__(
         self,
