@@ -5,6 +5,7 @@ import torch
 
 import vitkit
 from vitkit.errors import BadInput
+from vitkit.models.labels import known_labels
 from vitkit.models.parts.readouts.early_exit import EarlyExit, exit_early
 from vitkit.models.vit import collect_aux
 
@@ -64,6 +65,17 @@ def test_early_exits_learn_from_the_last():
     torch.testing.assert_close(aux["early-exit", block], wanted)
     aux["early-exit", block].backward()
     assert vit.read_out.heads[-1].weight.grad.abs().sum() == 0 and vit.read_out.heads[0].weight.grad.abs().sum() > 0
+
+
+def test_early_exits_learn_from_the_labels_where_they_are_known():
+    vit = _vit().train()
+    labels = torch.tensor([0, 1, 2, 0, 1, 2])
+    with collect_aux(vit) as aux, known_labels(vit, labels):
+        vit(IMAGES)
+    exits = vit.read_out.exits(_states(vit))
+    for number, block in enumerate(vit.read_out.blocks[:-1]):
+        wanted = torch.nn.functional.cross_entropy(exits[number], labels)
+        torch.testing.assert_close(aux["early-exit", block - 1], wanted)
 
 
 def test_errors():

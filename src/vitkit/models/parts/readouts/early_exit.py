@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from vitkit.errors import BadInput
 from vitkit.models.layout import TokenLayout
@@ -22,8 +23,9 @@ class EarlyExit(nn.Module):
 
     In eval mode an image's logits are those of the first exit with ``max softmax > threshold``, strictly, or of the
     last; with a threshold of 1 that is the last exit for every image. In training mode they are the last exit's, and
-    each earlier one learns to agree with it by ``KL(p_L ‖ p_e)``, with a gradient for the exit alone but for the blocks
-    below it, in ``layout.aux``. Pooled is the class token, or the mean of the patches without one.
+    each earlier one learns by a loss in ``layout.aux``: cross-entropy where the labels are known (see
+    :func:`vitkit.models.labels.known_labels`, which the training loop uses for single-label classification), else
+    ``KL(p_L ‖ p_e)``, which has no gradient for the last exit. Pooled is the class token, or the mean of the patches without one.
 
     A forward of the host still runs every block, so that explanations and measures work; :func:`exit_early` stops.
 
@@ -32,18 +34,20 @@ class EarlyExit(nn.Module):
         head_at: blocks counted from 1 behind which there is an exit besides the last, or how many such exits to
             spread evenly. Default 2, or as many as there are blocks before the last.
         threshold: in (0, 1]; default 0.9.
-        weight: of the agreement loss of each early exit.
+        weight: of the loss of each early exit.
 
     Shape: states [(x (B, P+N, D), layout), …] of all blocks → logits (B, K).
     Raises: BadInput for exits that are no blocks and for a threshold outside of (0, 1].
     Paper: BranchyNet, arXiv:1709.01686; a mechanism of Image Recognition with Online Lightweight Vision Transformer: A
         Survey, arXiv:2505.03113.
-    Departs from the papers: a read-out sees no labels, so early exits learn from the last one instead of from them.
+    Departs from the papers: without labels early exits learn from the last one.
     """
 
     slot = "readout"
     preserves = "none"
     wants_states = True
+    wants_labels = True
+    labels: Tensor | None = None
     # the host's final norm and head are not read
     no_gradient = ("norm.weight", "norm.bias", "head.weight", "head.bias")
 
@@ -92,7 +96,7 @@ class EarlyExit(nn.Module):
     def forward(self, states: States, layout: TokenLayout) -> Tensor:
         logits = torch.stack(self.exits(states))
         if self.training:
-            self._agree(logits, layout)
+            self._teach(logits, layout)
             chosen = logits[-1]
         else:
             index = self.first_sure(logits)
@@ -126,12 +130,15 @@ class EarlyExit(nn.Module):
     def sure(self, logits: Tensor) -> Tensor:
         return logits.float().softmax(-1).amax(-1) > self.threshold
 
-    def _agree(self, logits: Tensor, layout: TokenLayout) -> None:
+    def _teach(self, logits: Tensor, layout: TokenLayout) -> None:
         wanted = logits[-1].detach().float().log_softmax(-1)
         for i, block in enumerate(self.blocks[:-1]):
-            found = logits[i].float().log_softmax(-1)
-            gap = (wanted.exp() * (wanted - found)).sum(-1).mean()
-            layout.aux["early-exit", block - 1] = self.weight * gap
+            found = logits[i].float()
+            if self.labels is not None:
+                loss = F.cross_entropy(found, self.labels)
+            else:
+                loss = F.kl_div(found.log_softmax(-1), wanted, log_target=True, reduction="batchmean")
+            layout.aux["early-exit", block - 1] = self.weight * loss
 
     def extra_repr(self) -> str:
         return f"blocks={self.blocks}, threshold={self.threshold}"
