@@ -25,7 +25,8 @@ class EarlyExit(nn.Module):
     last; with a threshold of 1 that is the last exit for every image. In training mode they are the last exit's, and
     each earlier one learns by a loss in ``layout.aux``: cross-entropy where the labels are known (see
     :func:`vitkit.models.labels.known_labels`, which the training loop uses for single-label classification), else
-    ``KL(p_L ‖ p_e)``, which has no gradient for the last exit. Pooled is the class token, or the mean of the patches without one.
+    ``KL(p_L ‖ p_e)``, which has no gradient for the last exit. Pooled is the class token, or the mean of the patches
+    without one.
 
     A forward of the host still runs every block, so that explanations and measures work; :func:`exit_early` stops.
 
