@@ -35,9 +35,9 @@ MARGIN = 0.01
 def run(
     seeds: tuple[int, ...] = (0, 1, 2),
     progress: Callable[[str, int, int], None] | None = None,
-    num_train: int = 3_000,
+    num_train: int = 2_000,
     num_test: int = 2_000,
-    epochs: int = 6,
+    epochs: int = 5,
 ) -> Evidence:
     """Every arm with the same images, batches and epochs; the paper's claim is a survey's and has no number."""
     right: dict[str, list[np.ndarray]] = {name: [] for name in ARMS}
