@@ -6,23 +6,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from vitkit.errors import VitkitError
 from vitkit.evidence import clustervig, hgformer, hgvt
 from vitkit.models.backbones.hgvt import HgVT
-from vitkit.testing import worlds
 
 
-def shared_data_is_absent() -> bool:
-    try:
-        worlds.data_folder()
-    except VitkitError:
-        return True
-    return False
-
-
-@pytest.mark.skipif(shared_data_is_absent(), reason="needs the shared Fashion-MNIST file")
 @pytest.mark.parametrize("module", [hgvt, hgformer, clustervig])
-def test_runs_at_toy_size(module, monkeypatch):
+def test_runs_at_toy_size(module, monkeypatch, shared_data):
     for name, value in (("NUM_TRAIN", 32), ("NUM_TEST", 20), ("EPOCHS", 1)):
         monkeypatch.setattr(module, name, value)
     monkeypatch.setattr(clustervig, "TOKENS", {49: 2, 196: 1})

@@ -5,21 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vitkit.errors import VitkitError
 from vitkit.evidence import hypercore
-from vitkit.testing import worlds
 
 
-def shared_data_is_absent() -> bool:
-    try:
-        worlds.data_folder()
-    except VitkitError:
-        return True
-    return False
-
-
-@pytest.mark.skipif(shared_data_is_absent(), reason="needs the shared Fashion-MNIST file")
-def test_runs_at_toy_size(monkeypatch):
+def test_runs_at_toy_size(monkeypatch, shared_data):
     for name, value in (("NUM_TRAIN", 32), ("NUM_TEST", 20), ("EPOCHS", 1), ("DEPTH", 1), ("NUM_DELTA", 2)):
         monkeypatch.setattr(hypercore, name, value)
     steps = []

@@ -23,7 +23,7 @@ def test_the_digit_stands_in_the_middle():
     assert torch.equal(sparse_attn_net.on_canvas(torch.zeros(1, 1, 8, 8)), torch.zeros(1, 1, 24, 24))
 
 
-def test_convolutions_at_toy_size(monkeypatch):
+def test_convolutions_at_toy_size(monkeypatch, shared_data):
     for name, value in {"NUM_TRAIN": 32, "NUM_TEST": 16, "NUM_MAPS": 8, "EPOCHS": 1, "DEPTH": 1}.items():
         monkeypatch.setattr(convsharevit, name, value)
     found = convsharevit.run(seeds=(0, 1))
