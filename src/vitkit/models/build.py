@@ -65,8 +65,7 @@ def create(name: str, *, pretrained: bool = False, **options: Any) -> nn.Module:
             raise BadInput(f"Cannot create {name!r}: {error}.") from error
     except AssertionError as error:
         # timm checks some sizes by assertions that name no value
-        given = ", ".join(f"{key}={value}" for key, value in options.items())
-        raise BadInput(f"Cannot create {name!r} with {given}: {error}.{_divisors(options, error)}") from error
+        raise BadInput(f"Cannot create {name!r}: {error}.{_divisors(options, error)}") from error
     except (OSError, RuntimeError) as error:
         if pretrained:
             raise VitkitError(
