@@ -115,6 +115,28 @@ def test_forbidden_scores_stay_at_zero() -> None:
     assert torch.isfinite(scores.grad).all()
 
 
+@pytest.mark.parametrize("steps", [1, 3, 21])
+def test_a_key_forbidden_to_all_queries_is_left_out(steps: int) -> None:
+    scores = torch.randn(2, 2, 5, 5, dtype=torch.float64, requires_grad=True)
+    gone = torch.zeros(5, dtype=torch.bool)
+    gone[2] = True
+    weights = Sinkhorn(steps)(scores.masked_fill(gone, -torch.inf))
+    assert weights[..., 2].eq(0).all()
+    torch.testing.assert_close(weights.sum(-1), torch.ones(2, 2, 5, dtype=torch.float64))
+    # the others share as if the key were not there
+    torch.testing.assert_close(weights[..., ~gone], Sinkhorn(steps)(scores[..., ~gone]))
+    weights.square().sum().backward()
+    assert torch.isfinite(scores.grad).all()
+
+
+def test_scores_far_apart_do_not_underflow() -> None:
+    # the second key is 300 below the first for every query; a column step lifts it all the same
+    scores = torch.tensor([[0.0, -300.0], [1.0, -302.0]])[None, None]
+    expected = Sinkhorn(3)(scores.double()).float()
+    torch.testing.assert_close(Sinkhorn(3)(scores), expected)
+    assert expected[0, 0, 0, 1] > 0.5
+
+
 def test_log_sizes_of_merged_tokens_have_no_effect_in_the_limit() -> None:
     scores = torch.randn(2, 1, 6, 6, dtype=torch.float64)
     sized = scores + torch.tensor([1.0, 2.0, 1.0, 4.0, 1.0, 1.0], dtype=torch.float64).log()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from vitkit.errors import BadInput
@@ -28,7 +29,8 @@ class Sinkhorn(nn.Module):
 
     Shape: scores (B, H, n, n), mask (B, 1, n, n) bool or None → (B, H, n, n), same dtype; computed in float32 or more.
     With a mask (the same for queries and keys) the matrix is doubly stochastic over the valid tokens, zero elsewhere;
-    entries with a score of -inf are zero. What is added to all scores of a key alike, such as the log size of a merged
+    entries with a score of -inf are zero; a query that may see no key at all gives NaN without a mask, as in softmax. What
+    is added to all scores of a key alike, such as the log size of a merged
     token, loses its effect with every step over columns, and has none in the limit.
     Raises: BadInput if ``steps`` is even or not positive, or ``tau`` is not positive.
     Paper: Born et al., Quantum Doubly Stochastic Transformers, arXiv:2504.16275 (k = 3 and 21); the normalisation is
@@ -56,12 +58,23 @@ class Sinkhorn(nn.Module):
         return cls(steps, tau)
 
     def forward(self, scores: Tensor, mask: Tensor | None = None) -> Tensor:
-        forbidden = ~allowed_entries(scores, mask)
-        z = (full_precision(scores) / self.tau).masked_fill(forbidden, _FORBIDDEN)
-        for step in range(self.steps):
+        z = full_precision(scores) / self.tau
+        if mask is None:
+            # a row of -inf alone only needs care before a step over columns: one flag a key, not one an entry
+            forbidden = (scores.amax(-2, keepdim=True) == -torch.inf).detach()
+        else:
+            forbidden = ~allowed_entries(scores, mask)
+            z = z.masked_fill(forbidden, _FORBIDDEN)
+        if self.steps == 1:
+            return z.softmax(-1).masked_fill(forbidden, 0.0).to(scores.dtype)
+        # the logarithms matter: a column far below the others would underflow before its own step lifts it
+        for step in range(self.steps - 2):
             # z − logsumexp(z) in one pass; it lifts an empty row or column to finite values, hence the second
             z = z.log_softmax(-1 - step % 2).masked_fill(forbidden, _FORBIDDEN)
-        return z.exp().to(scores.dtype)
+        weights = z.softmax(-2).masked_fill(forbidden, 0.0)
+        # a row was normalised before, so it has an entry of 1/n or more: only one without any allowed key sums to 0
+        rows = weights.sum(-1, keepdim=True)
+        return (weights / rows.masked_fill(rows == 0, 1.0)).to(scores.dtype)
 
     def extra_repr(self) -> str:
         return f"steps={self.steps}, tau={self.tau}"
