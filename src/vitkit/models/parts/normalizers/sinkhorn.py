@@ -29,9 +29,9 @@ class Sinkhorn(nn.Module):
 
     Shape: scores (B, H, n, n), mask (B, 1, n, n) bool or None → (B, H, n, n), same dtype; computed in float32 or more.
     With a mask (the same for queries and keys) the matrix is doubly stochastic over the valid tokens, zero elsewhere;
-    entries with a score of -inf are zero; a query that may see no key at all gives NaN without a mask, as in softmax. What
-    is added to all scores of a key alike, such as the log size of a merged
-    token, loses its effect with every step over columns, and has none in the limit.
+    entries with a score of -inf are zero; a query that may see no key at all gives NaN without a mask, as in softmax.
+    What is added to all scores of a key alike, such as the log size of a merged token, loses its effect with every step
+    over columns, and has none in the limit.
     Raises: BadInput if ``steps`` is even or not positive, or ``tau`` is not positive.
     Paper: Born et al., Quantum Doubly Stochastic Transformers, arXiv:2504.16275 (k = 3 and 21); the normalisation is
     that of Sander et al., Sinkformers, arXiv:2110.11773.
