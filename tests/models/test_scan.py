@@ -280,14 +280,19 @@ def test_the_kernel_compiles_anew_and_can_be_switched_off(tmp_path, monkeypatch)
     assert "VITKIT_NATIVE" in scan_kernel.reason.__wrapped__()
 
 
-def test_nothing_is_compiled_unless_it_is_asked_for(monkeypatch):
-    def refuse():
-        raise AssertionError("the compiler was called")
-
-    monkeypatch.setattr(scan_kernel, "_library", refuse)
-    monkeypatch.setattr(scan_kernel, "reason", refuse)
+def test_without_a_compiler_auto_is_the_plain_scan(monkeypatch):
+    monkeypatch.setattr(scan_kernel, "_library", lambda: pytest.fail("the kernel was called"))
+    monkeypatch.setattr(scan_kernel, "reason", lambda: "there is no C compiler")
     given = inputs(5, 6, dtype=torch.float32)
     assert gap(selective_scan(**given), selective_scan(**given, method="chunked")) == 0
+
+
+@native
+def test_auto_is_the_kernel_where_it_serves():
+    given = inputs(50, 6, dtype=torch.float32)
+    assert gap(selective_scan(**given), selective_scan(**given, method="native")) == 0
+    wide = inputs(50, 6, dtype=torch.float64)
+    assert gap(selective_scan(**wide), selective_scan(**wide, method="chunked")) == 0
 
 
 @native

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from vitkit.errors import BadInput, unknown
-from vitkit.models.scan_engine import core, count_operations, group_states, ratio, require_native
+from vitkit.models.scan_engine import core, count_operations, group_states, native_problem, ratio, require_native
 
 # B batch · L steps · E channels · S states · G groups of channels · H heads · P channels of a head
 
@@ -95,9 +95,9 @@ def selective_scan(
     - ``chunked``: an operator with its own gradient that holds the states of a few chunks and computes them again in
       the backward; first derivatives only.
     - ``native``: the same in machine code, several times faster; float32 on a CPU, Euler's rule, a C compiler
-      (see :mod:`vitkit.models.scan_kernel`). Only when asked for: the first call compiles into the user's cache.
+      (see :mod:`vitkit.models.scan_kernel`). The first call compiles into the user's cache, about a second.
     - ``cuda``: the kernel of the package ``mamba-ssm``, which must be installed; Euler's rule, no ``h0``.
-    - ``auto``: ``cuda`` where possible, ``associative`` while a model is exported, else ``chunked``.
+    - ``auto``: ``cuda`` or ``native`` where possible, ``associative`` while a model is exported, else ``chunked``.
 
     >>> ones = torch.ones(1, 4, 1)
     >>> one = torch.ones(1, 4, 1, 1)
@@ -213,7 +213,7 @@ def _choose(u: Tensor, A: Tensor, h0: Tensor | None, zoh: bool, method: str) -> 
             return "associative"
         if u.is_cuda and not zoh and h0 is None and u.dtype == torch.float32 and _mamba_ssm_kernel() is not None:
             return "cuda"
-        return "chunked"
+        return "native" if _native_serves(u.dtype, u.device, states, zoh) else "chunked"
     if method == "native":
         require_native(u.dtype, u.device, states, zoh)
     if method == "cuda":
@@ -222,6 +222,11 @@ def _choose(u: Tensor, A: Tensor, h0: Tensor | None, zoh: bool, method: str) -> 
         if _mamba_ssm_kernel() is None:
             raise BadInput('method="cuda" needs the package mamba-ssm: pip install mamba-ssm; or use method="chunked".')
     return method
+
+
+@torch.compiler.assume_constant_result
+def _native_serves(dtype: torch.dtype, device: torch.device, states: int, zoh: bool) -> bool:
+    return native_problem(dtype, device, states, zoh) == ""
 
 
 def _discretise(u: Tensor, delta: Tensor, A: Tensor, Bm: Tensor, zoh: bool) -> tuple[Tensor, Tensor]:

@@ -290,19 +290,19 @@ def group_states(A: Tensor, groups: int) -> Tensor:
     return A.unflatten(-2, (groups, -1)).transpose(-1, -2).contiguous()
 
 
-def check_native(dtype: torch.dtype, device: torch.device, states: int, zoh: bool) -> str:
-    """Why the compiled kernel cannot serve a scan; empty if it can, or might."""
+def native_problem(dtype: torch.dtype, device: torch.device, states: int, zoh: bool) -> str:
+    """Why the compiled kernel cannot serve a scan; empty if it can. The first call that gets so far compiles it."""
     if device.type != "cpu":
         return f"it runs on the CPU, and the tensors are on {device}"
     if dtype != torch.float32:
         return f"it computes in float32, not in {str(dtype).removeprefix('torch.')}"
     if states > scan_kernel.MOST_STATES:
         return f"it takes up to {scan_kernel.MOST_STATES} states per channel, not {states}"
-    return "it knows Euler's rule only" if zoh else ""
+    return "it knows Euler's rule only" if zoh else scan_kernel.reason()
 
 
 def require_native(dtype: torch.dtype, device: torch.device, states: int, zoh: bool) -> None:
     """Raises: BadInput that says why the compiled kernel cannot serve."""
-    why = check_native(dtype, device, states, zoh) or scan_kernel.reason()
+    why = native_problem(dtype, device, states, zoh)
     if why:
         raise BadInput(f'method="native" is not possible: {why}; use method="chunked".')

@@ -1,7 +1,7 @@
 """The selective scan's inner loop as machine code, three to ten times as fast on a CPU as the one in plain PyTorch.
 
-It is used where it is asked for (``method="native"``): the first call compiles it with the machine's C compiler, which
-takes about a second, into ``$VITKIT_CACHE/kernels``, else ``~/.cache/vitkit/kernels``. ``VITKIT_NATIVE=0`` forbids it.
+The first call compiles it with the machine's C compiler, which takes about a second, into ``$VITKIT_CACHE/kernels``,
+else ``~/.cache/vitkit/kernels``; without a compiler the one in plain PyTorch runs. ``VITKIT_NATIVE=0`` forbids it.
 """
 
 from __future__ import annotations

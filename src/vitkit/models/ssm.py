@@ -28,7 +28,7 @@ class SelectiveSSM(nn.Module):
         dt_rank: R.
 
     Attributes:
-        method: of the scan, "auto" unless it is set: "native" for training on a CPU, for example.
+        method: of the scan, "auto" unless it is set.
 
     Shape: x (B, L, K, E), still (B, L, K) bool or None → (B, L, K, E) in the dtype of x; at a step that is ``still`` no
         time passes: it neither changes the state nor is it of use to others. ``common`` = T: T neighbours on the batch

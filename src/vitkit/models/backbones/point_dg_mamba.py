@@ -196,6 +196,8 @@ class PointDGMamba(Backbone):
         sees as zeros; the sequence does not close up.
     """
 
+    onnx_note = "the exporter has no torch.cdist, and cannot read the bits of distances by which near points are sorted"
+
     def __init__(
         self,
         img_size: int | tuple[int, int] = 224,

@@ -105,6 +105,7 @@ class S4D(nn.Module):
     slot = "mixer"
     preserves = "none"
     takes_layout = True
+    onnx_note = 'its poles are complex, and the exporter has no complex exponential; init="real" exports'
 
     def __init__(
         self,

@@ -65,6 +65,7 @@ class QontOT(nn.Module):
 
     slot = "normalizer"
     preserves = "none"
+    onnx_note = "its gates are complex, and the exporter has few complex operators (aten.expand is the first it lacks)"
     theta: Tensor
     gain: Tensor
     entry: Tensor

@@ -35,6 +35,7 @@ class QROrthostochastic(nn.Module):
 
     slot = "normalizer"
     preserves = "none"
+    onnx_note = "ONNX has no QR decomposition (aten.linalg_qr)"
 
     def __init__(self, ridge: float = 1e-4, max_gain: float | None = 10.0) -> None:
         super().__init__()
