@@ -18,6 +18,17 @@ def test_auto_is_bf16_exactly_where_it_is_native(monkeypatch):
         precision.resolve("fp16", "cpu")
 
 
+def test_auto_leaves_narrow_networks_in_fp32_on_a_cpu(monkeypatch):
+    monkeypatch.setattr(precision, "native_bf16", lambda device: True)
+    narrow, wide = nn.Linear(64, 64), nn.Linear(1024, 8)
+    assert precision.resolve("auto", "cpu", narrow) == "fp32"
+    assert precision.resolve("auto", "cuda", narrow) == "bf16"
+    assert precision.resolve("auto", "cpu", wide) == "bf16"
+    assert precision.resolve("bf16", "cpu", narrow) == "bf16"
+    vit = tiny_vit(8, 2, 1, 10, depth=2)
+    assert 1.2 * vit.embed_dim < precision.width(vit) < 2.1 * vit.embed_dim
+
+
 @pytest.mark.parametrize(("flags", "native"), [({"avx512_bf16": True}, True), ({"avx2": True}, False), ({}, False)])
 def test_native_bf16_reads_the_processor(monkeypatch, flags, native):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: flags)

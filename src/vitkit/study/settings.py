@@ -83,7 +83,9 @@ class Protocol(Strict):
     early_stop: int | None = Field(
         None, ge=1, description="epochs without gain on the validation part before stopping; its best weights are kept"
     )
-    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where the hardware has it")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="auto: bf16 where the hardware has it and the network is wide enough to gain"
+    )
     devices: int = Field(1, ge=1)
     strategy: Literal["auto", "ddp", "fsdp"] = Field("auto", description="across devices")
     budget_seconds: float | None = Field(

@@ -190,7 +190,7 @@ class _Run:
         _seed(self.seed)
         device = self.fabric.device
         self.objective.to(device)
-        self.format = precision.resolve(settings.precision, device)
+        self.format = precision.resolve(settings.precision, device, self.objective)
         state = None if found is None else found[1]
         if state is not None:
             self._set_attention(state["attention"])

@@ -24,7 +24,7 @@ class TrainSettings:
         optimizer: ``adamw``, ``sgd``, ``sam``, ``asam``, ``friendly-sam``, ``zsharp`` or an optimizer of the catalogue.
         optimizer_options: keyword arguments of the optimizer, as a mapping or as pairs.
         precision: ``fp32``; ``bf16`` (autocast, weights stay float32); ``auto`` takes bf16 where the hardware computes
-            it natively, and the attention path that measures fastest.
+            it natively (on a CPU for networks wide enough to gain), and the attention path that measures fastest.
         ema_decay: decay of an exponential moving average of the weights in (0, 1), rising to its value over the first
             steps; validation and the final model use the average. None keeps none.
         accumulate: micro-batches a step.
