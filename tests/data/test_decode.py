@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from vitkit.data.decode import (
     decode,
     draft_size,
     fit_box,
+    image_from_bytes,
     read_image,
     resample,
     to_channels,
@@ -279,3 +282,31 @@ def test_read_image_names_the_file(tmp_path):
     with pytest.raises(BadInput, match=r"gone\.png cannot be opened"):
         read_image(tmp_path / "gone.png", (8, 8), 3)
     assert draft_size((3, 4)) == (6, 8)
+
+
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+def test_bytes_of_an_image_give_what_its_file_does(tmp_path, dtype, wide):
+    array = (np.random.default_rng(0).random((20, 30, 3)) * 200).astype(dtype)
+    np.save(tmp_path / "x.npy", array)
+    data = (tmp_path / "x.npy").read_bytes()
+    image = image_from_bytes(data, "x.npy", (8, 8), 1, wide=wide)
+    assert image.dtype == np.float32 and image.shape == (1, 8, 8) and image.flags.c_contiguous
+    np.testing.assert_array_equal(image, read_image(tmp_path / "x.npy", (8, 8), 1, wide=wide).numpy())
+
+
+def test_the_name_of_bytes_is_never_opened(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "x.png")
+    with pytest.raises(BadInput, match=r"x\.png cannot be used: it holds text"):
+        image_from_bytes(b"text", str(tmp_path / "x.png"), (8, 8), 3)
+    with pytest.raises(BadInput, match="16 are expected|channels"):
+        image_from_bytes((tmp_path / "x.png").read_bytes(), "x", (8, 8), 16)
+
+
+def test_decoding_needs_no_torch_and_functions_keep_their_names():
+    code = (
+        "import sys, vitkit.data.decode; assert 'torch' not in sys.modules; "
+        "import vitkit.data.long_tail, vitkit.data.point_domains, vitkit.data; "
+        "assert all(callable(getattr(vitkit.data, name)) or name == 'AUGMENTATIONS' for name in vitkit.data.__all__)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

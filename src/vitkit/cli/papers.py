@@ -1,4 +1,4 @@
-"""``vitkit papers``: the published systems of the catalogue."""
+"""``vitkit papers``: the published systems of the catalogue, and the user's own library of papers."""
 
 from __future__ import annotations
 
@@ -7,13 +7,26 @@ from typing import Annotated
 
 import typer
 
+from vitkit.cli.papers_export import papers_export
+from vitkit.cli.papers_import import papers_import
+from vitkit.cli.papers_search import papers_search
 
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, invoke_without_command=True)
+app.command("import")(papers_import)
+app.command("export")(papers_export)
+app.command("search")(papers_search)
+
+
+@app.callback()
 def papers(
+    ctx: typer.Context,
     family: Annotated[str | None, typer.Option("--family", "-f", help="Only this family, e.g. compress.")] = None,
     missing: Annotated[bool, typer.Option("--missing", help="Only what no code comes with yet.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """List the published systems of the catalogue."""
+    """List the published systems of the catalogue; `import`, `export` and `search` keep a library beside it."""
+    if ctx.invoked_subcommand is not None:
+        return
     from vitkit.catalogue import load
     from vitkit.errors import unknown
 

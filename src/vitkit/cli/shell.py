@@ -17,9 +17,11 @@ from vitkit.errors import VitkitError
 VERBS: dict[str, tuple[str, str]] = {
     "study": ("vitkit.cli.study:study", "Compare methods side by side on your images; writes a report."),
     "predict": ("vitkit.cli.predict:predict", "Label images with a model that a study exported."),
+    "deploy": ("vitkit.cli.deploy:deploy", "Find the fastest engine that still answers like a model."),
+    "serve": ("vitkit.cli.serve:serve", "Put a model behind HTTP, with a page to try it."),
     "methods": ("vitkit.cli.methods:methods", "List the methods that can be used, by kind."),
     "show": ("vitkit.cli.show:show", "Explain a method or paper: usage, options, evidence."),
-    "papers": ("vitkit.cli.papers:papers", "List the published systems of the catalogue."),
+    "papers": ("vitkit.cli.papers:app", "List the published systems; read and write digests."),
     "evidence": ("vitkit.cli.evidence:evidence", "Run the small experiment behind a method's claim."),
 }
 
@@ -80,6 +82,9 @@ def _command(verb: str) -> Any:
         if error.name == module_name:
             raise VitkitError(f"`vitkit {verb}` is not part of this installation ({module_name} is absent).") from error
         raise
+    if isinstance(function, typer.Typer):
+        # a verb with verbs of its own
+        return typer.main.get_group(function)
     single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     # the function's docstring, where it has one, says more than the line in the list
     single.command(verb, help=function.__doc__ or line)(function)

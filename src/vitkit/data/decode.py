@@ -333,11 +333,7 @@ def read_image(
 
     Args:
         path: image or ``.npy`` file.
-        image_size: (H, W) of the result.
-        in_chans: channels of the result.
-        fit: see :func:`fit_box`.
-        value_range: black and white of images that are neither 8- nor 16-bit; None: read off this image.
-        wide: resize 8-bit images as floats too, as a loader does where others have more than 8 bits.
+        image_size, in_chans, fit, value_range, how, wide: see :func:`image_from_bytes`.
 
     Returns: tensor (C, H, W), float32 in [0, 1].
 
@@ -346,20 +342,51 @@ def read_image(
     import torch
 
     try:
-        array, _ = decode(Path(path).read_bytes(), str(path), how, at_least=draft_size(image_size))
-        array = to_channels(array, in_chans)
-        unit = to_unit(array, value_range or value_range_of(array.dtype, float(array.min()), float(array.max())))
-        box = fit_box(array.shape[0], array.shape[1], image_size, fit)
-        if array.dtype == np.uint8 and not wide:
-            # round once, after resizing, exactly where a loader does
-            out = resample(array, box, image_size).astype(np.float32) / 255
-        else:
-            out = resample(unit, box, image_size)
+        data = Path(path).read_bytes()
     except OSError as error:
         raise BadInput(f"{path} cannot be opened: {error.strerror or error}.") from error
+    return torch.from_numpy(image_from_bytes(data, str(path), image_size, in_chans, fit, value_range, how, wide))
+
+
+def image_from_bytes(
+    data: bytes,
+    name: str,
+    image_size: tuple[int, int],
+    in_chans: int,
+    fit: Fit = "crop",
+    value_range: tuple[float, float] | None = None,
+    how: Reading | None = None,
+    wide: bool = False,
+) -> np.ndarray:
+    """The bytes of one image file as a model's input, prepared as a loader does for evaluation. Needs no torch.
+
+    Args:
+        data: the file's bytes.
+        name: for messages; only ``.npy`` is told by it, and no file of that name is opened.
+        image_size: (H, W) of the result.
+        in_chans: channels of the result.
+        fit: see :func:`fit_box`.
+        value_range: black and white of images that are neither 8- nor 16-bit; None: read off this image.
+        how: see :class:`Reading`.
+        wide: resize 8-bit images as floats too, as a loader does where others have more than 8 bits.
+
+    Returns: (C, H, W), float32 in [0, 1].
+
+    Raises: BadInput, naming the image.
+    """
+    try:
+        array, _ = decode(data, name, how, at_least=draft_size(image_size))
+        array = to_channels(array, in_chans)
     except Unreadable as error:
-        raise BadInput(f"{path} cannot be used: {error}.") from error
-    return torch.from_numpy(np.ascontiguousarray(out.transpose(2, 0, 1)))
+        raise BadInput(f"{name} cannot be used: {error}.") from error
+    box = fit_box(array.shape[0], array.shape[1], image_size, fit)
+    if array.dtype == np.uint8 and not wide:
+        # round once, after resizing, exactly where a loader does
+        out = resample(array, box, image_size).astype(np.float32) / 255
+    else:
+        limits = value_range or value_range_of(array.dtype, float(array.min()), float(array.max()))
+        out = resample(to_unit(array, limits), box, image_size)
+    return np.ascontiguousarray(out.transpose(2, 0, 1))
 
 
 def draft_size(image_size: tuple[int, int]) -> tuple[int, int]:
