@@ -46,24 +46,27 @@ class DenseMerge(nn.Module):
             return x, layout
         num_kept = patches.shape[1] - num_merges
         first = num_prefix % 2
+        rows_a, rows_b = patches[:, first::2], patches[:, 1 - first :: 2]
+        num_a, stay = rows_a.shape[1], num_kept - rows_b.shape[1]
         unit = F.normalize(keys[:, :, num_prefix:].mean(1), dim=-1)
         score, partner = (unit[:, first::2] @ unit[:, 1 - first :: 2].mT).max(-1)
-        # the place of every edge in the order of their scores
-        rank = score.argsort(1, descending=True).argsort(1)
-        merged = rank < num_merges
+        # the place of every edge in the order of their scores, counted: engines sort slowly
         places = torch.arange(num_kept, device=x.device)
-        num_a = score.shape[1]
-        num_b = patches.shape[1] - num_a
-        to_a = torch.where(merged, partner + (num_kept - num_b), places[:num_a] - merged.to(torch.int64).cumsum(1))
-        moves = (to_a[:, None, :] == places[None, :, None]).to(x.dtype)
-        size = x.new_ones(1, 1, 1).expand(x.shape[0], patches.shape[1], 1)
+        higher = score[:, None, :] > score[:, :, None]
+        tied = (score[:, None, :] == score[:, :, None]) & (places[:num_a] < places[:num_a, None])
+        merged = (higher | tied).sum(-1) < num_merges
+        to_a = torch.where(merged, partner + stay, places[:num_a] - merged.to(torch.int64).cumsum(1))
+        weight = (to_a[:, None, :] == places[:, None]).to(x.dtype)
+        size_b = x.new_ones(1, 1).expand(x.shape[0], rows_b.shape[1])
         if layout.sizes is not None:
-            size = layout.sizes.unsqueeze(-1).to(x.dtype)
-        rows = torch.cat([patches * size if layout.sizes is not None else patches, size], -1)
-        summed = moves @ rows[:, first::2] + F.pad(rows[:, 1 - first :: 2], (0, 0, num_kept - num_b, 0))
-        sizes = summed[..., -1:]
-        tokens = torch.cat([prefix, summed[..., :-1] / sizes], 1)
-        layout = layout.replace(sizes=sizes.squeeze(-1))
+            weight = weight * layout.sizes[:, None, first::2].to(x.dtype)
+            size_b = layout.sizes[:, 1 - first :: 2].to(x.dtype)
+        sizes = weight.sum(-1) + F.pad(size_b, (stay, 0))
+        # means, not sums: the long rows are multiplied once
+        weight = weight / sizes.unsqueeze(-1)
+        into_b = weight[:, stay:] @ rows_a + rows_b * (size_b / sizes[:, stay:]).unsqueeze(-1)
+        tokens = torch.cat([prefix, weight[:, :stay] @ rows_a, into_b], 1)
+        layout = layout.replace(sizes=sizes)
         return tokens, layout if self.proportional else without_size_bias(layout)
 
 

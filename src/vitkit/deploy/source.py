@@ -153,12 +153,16 @@ class Source:
         import nncf
 
         self.refuse_codes()
+        model = self.openvino()
+        # products of two activations other than attention's, such as those that merge tokens, gain nothing
+        free = [op.get_friendly_name() for op in model.get_ops() if op.get_type_name() == "MatMul" and _no_weight(op)]
         batches = np.split(self.calibration, range(1, len(self.calibration)))
         try:
             with quiet():
                 return nncf.quantize(
-                    self.openvino(),
+                    model,
                     nncf.Dataset(batches),
+                    ignored_scope=nncf.IgnoredScope(names=free),
                     preset=nncf.QuantizationPreset.MIXED,
                     model_type=nncf.ModelType.TRANSFORMER,
                     subset_size=len(batches),
@@ -174,6 +178,19 @@ def _forget_shapes(path: Path) -> None:
     model = onnx.load(path)
     del model.graph.value_info[:]
     onnx.save(model, path)
+
+
+def _no_weight(product: Any) -> bool:
+    """Whether neither factor of an OpenVINO product is made of constants alone."""
+
+    def made_of_constants(node: Any, depth: int = 8) -> bool:
+        if node.get_type_name() == "Constant" or not depth:
+            # from a weight's codes to its values it is a handful of steps
+            return bool(depth)
+        inputs = [value.get_source_output().get_node() for value in node.inputs()]
+        return bool(inputs) and all(made_of_constants(i, depth - 1) for i in inputs)
+
+    return not any(made_of_constants(value.get_source_output().get_node()) for value in product.inputs())
 
 
 class _Autocast(nn.Module):
