@@ -1,4 +1,4 @@
-"""The tuner's picture: images a second against what is lost."""
+"""The tuner's picture: what each candidate gains and loses."""
 
 from __future__ import annotations
 
@@ -9,34 +9,34 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from vitkit.deploy.tuner import Row
 
+_CHOSEN, _KEPT, _OTHER, _LIMIT = "#0b6e4f", "#33658a", "#b0b0b0", "#b23a48"
+
 
 def draw(rows: Sequence[Row], chosen: Row, max_drop: float) -> str:
-    """SVG text: every measured row a point with its interval, the Pareto front joined, the limit dashed."""
+    """SVG text: a line for every measured row, images a second beside points lost with their interval.
+
+    Grey rows were not kept; a star marks the Pareto front, the dashed line the limit.
+    """
     from matplotlib.figure import Figure
 
-    shown = [r for r in rows if r.fidelity is not None and r.images_per_s]
-    figure = Figure(figsize=(7.2, 4.2), layout="constrained")
-    axes = figure.subplots()
-    for row in shown:
+    shown = sorted((r for r in rows if r.fidelity and r.images_per_s), key=lambda r: r.images_per_s or 0)
+    figure = Figure(figsize=(8, 1.1 + 0.26 * len(shown)), layout="constrained")
+    speed, loss = figure.subplots(1, 2, sharey=True)
+    for place, row in enumerate(shown):
         assert row.fidelity is not None and row.images_per_s is not None
-        kept, best = row.status == "ok", row.name == chosen.name
-        colour = "#0b6e4f" if best else "#33658a" if kept else "#b0b0b0"
+        colour = _CHOSEN if row.name == chosen.name else _KEPT if row.status == "ok" else _OTHER
+        speed.barh(place, row.images_per_s, color=colour)
         f = row.fidelity
         error = [[max(0.0, f.drop - f.low)], [max(0.0, f.high - f.drop)]]
-        axes.errorbar(row.images_per_s, f.drop, yerr=error, fmt="o", color=colour, ms=8 if best else 5, lw=1)
-        axes.annotate(row.name, (row.images_per_s, f.drop), textcoords="offset points", xytext=(6, 4), fontsize=8)
-    front = sorted((r for r in shown if r.pareto), key=lambda r: r.images_per_s or 0)
-    axes.plot(
-        [r.images_per_s or 0 for r in front],
-        [r.fidelity.drop if r.fidelity else 0 for r in front],
-        color="#33658a",
-        lw=0.8,
-        alpha=0.6,
-    )
-    axes.axhline(max_drop, color="#b23a48", ls="--", lw=1)
-    axes.set_xlabel("images a second")
-    axes.set_ylabel("points lost")
-    axes.spines[["top", "right"]].set_visible(False)
+        loss.errorbar(f.drop, place, xerr=error, fmt="o", color=colour, ms=4, lw=1.2)
+    speed.set_yticks(range(len(shown)), [r.name + (" ★" if r.pareto else "") for r in shown], fontsize=8)
+    speed.set_xlabel("images a second")
+    loss.axvline(0, color="#888888", lw=0.8)
+    loss.axvline(max_drop, color=_LIMIT, ls="--", lw=1)
+    loss.set_xlabel("points lost")
+    for axes in (speed, loss):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(labelsize=8)
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
     return buffer.getvalue()

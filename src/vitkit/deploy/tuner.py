@@ -43,7 +43,8 @@ _FIRST = (
     ("torch-compile", "bf16"),
     ("aotinductor", "bf16"),
 )
-REFERENCE = "torch-eager f32"
+# no row may have this name
+_REFERENCE = "the model itself"
 
 
 @dataclass
@@ -258,7 +259,7 @@ def _candidates(engines: Sequence[str] | None, precisions: Sequence[str] | None)
 def _tune(tuning: _Tuning, rows: list[Row], merge: tuple[float, ...], tell: Report) -> None:
     probe = tuning.images[np.arange(max(tuning.batches)) % len(tuning.images)]
     reference = _reference(tuning)
-    tuning.runners[REFERENCE] = reference
+    tuning.runners[_REFERENCE] = reference
     todo = [row for row in rows if row.precision]
     for i, row in enumerate(todo):
         tell(row.name, i, len(todo) + len(merge) * 2)
@@ -266,7 +267,7 @@ def _tune(tuning: _Tuning, rows: list[Row], merge: tuple[float, ...], tell: Repo
         if time.perf_counter() > tuning.until - 0.3 * tuning.budget and any(r.status == "ok" for r in rows):
             row.reason = "the budget was spent"
             continue
-        _try(tuning, row, probe, rows)
+        _try(tuning, row, probe)
     fastest = sorted((r for r in rows if r.status == "ok" and r.images_per_s), key=lambda r: -(r.images_per_s or 0))[:2]
     for ratio in merge:
         for row in fastest:
@@ -276,7 +277,7 @@ def _tune(tuning: _Tuning, rows: list[Row], merge: tuple[float, ...], tell: Repo
                 merged.reason = "the budget was spent"
                 continue
             tell(merged.name, len(todo), len(todo) + len(merge) * 2)
-            _try(tuning, merged, probe, rows)
+            _try(tuning, merged, probe)
     _decide(tuning, rows, probe, tell)
 
 
@@ -286,7 +287,7 @@ def _reference(tuning: _Tuning) -> Runner:
     return TorchRunner(tuning.sources[0.0].model, Setting(tuning.batches[0], cores()))
 
 
-def _try(tuning: _Tuning, row: Row, probe: np.ndarray, rows: list[Row]) -> None:
+def _try(tuning: _Tuning, row: Row, probe: np.ndarray) -> None:
     """Make the engine's files, compare its answers, find its best setting by a quick probe."""
     module = engine(row.engine)
     folder = tuning.scratch / hashlib.sha256(row.name.encode()).hexdigest()[:12]
@@ -305,9 +306,8 @@ def _try(tuning: _Tuning, row: Row, probe: np.ndarray, rows: list[Row]) -> None:
         if row.fidelity.drop > tuning.max_drop:
             row.status = "too much lost"
             row.reason = f"{row.fidelity.drop:.2f} points, more than {tuning.max_drop:g}"
-        best = max((r.images_per_s or 0 for r in rows if r.status == "ok"), default=0.0)
         _probe(row, module, folder, runner, settings, probe, sizes)
-        tuning.runners[row.name], tuning.folders[row.name] = row_runner(row, module, folder, runner, settings), folder
+        tuning.runners[row.name], tuning.folders[row.name] = _best_runner(row, module, folder, runner, settings), folder
     except KeyboardInterrupt:
         raise
     except VitkitError as error:
@@ -317,15 +317,11 @@ def _try(tuning: _Tuning, row: Row, probe: np.ndarray, rows: list[Row]) -> None:
         # engines raise whatever they like; the others go on
         row.status, row.reason = "failed", f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         return
-    if row.status == "too much lost":
-        return
-    if best and (row.images_per_s or 0) < 0.5 * best:
-        row.status, row.reason = "slower", f"{best / (row.images_per_s or 1):.1f}× slower than the fastest in a probe"
-    else:
+    if row.status != "too much lost":
         row.status = "ok"
 
 
-def row_runner(row: Row, module: Any, folder: Path, runner: Runner, settings: list[Setting]) -> Runner:
+def _best_runner(row: Row, module: Any, folder: Path, runner: Runner, settings: list[Setting]) -> Runner:
     """The runner with the setting that was fastest; the first one is used again where that is its setting."""
     return runner if row.setting == settings[0] else module.load(folder, row.precision, row.setting)
 
@@ -348,30 +344,29 @@ def _probe(
 
 def _decide(tuning: _Tuning, rows: list[Row], probe: np.ndarray, tell: Report) -> None:
     """Measure what the probes left, taking turns with the model itself."""
-    best = max((r.images_per_s or 0 for r in rows if r.status == "ok"), default=0.0)
     finalists = [r for r in rows if r.status == "ok"]
-    for row in finalists:
-        if (row.images_per_s or 0) < 0.5 * best:
-            row.status, row.reason = (
-                "slower",
-                f"{best / (row.images_per_s or 1):.1f}× slower than the fastest in a probe",
-            )
-    finalists = [r for r in finalists if r.status == "ok"]
+    left = max(3.0, tuning.until - time.perf_counter())
+    # ten rounds of everything in half of the time, else only what may still win
+    if sum(r.ms or 0 for r in finalists) / 1000 * 10 > left / 2:
+        best = max(r.images_per_s or 0 for r in finalists)
+        for row in finalists:
+            behind = best / (row.images_per_s or 1)
+            if behind > 2:
+                row.status, row.reason = "slower", f"{behind:.1f}× slower than the fastest in a probe"
+        finalists = [r for r in finalists if r.status == "ok"]
     if not finalists:
         return
     tell(f"measuring {len(finalists)} in turns", 0, 1)
     calls: dict[str, tuple[Runner, np.ndarray]] = {
-        REFERENCE: (tuning.runners[REFERENCE], probe[: tuning.batches[0]]),
+        _REFERENCE: (tuning.runners[_REFERENCE], probe[: tuning.batches[0]]),
         **{
             r.name: (
                 _Batched(tuning.runners[r.name], _batch_sizes(tuning.sources[r.merge])),
                 probe[: r.setting.batch if r.setting else 1],
             )
             for r in finalists
-            if r.name != REFERENCE
         },
     }
-    left = max(3.0, tuning.until - time.perf_counter())
     found = take_turns(calls, rounds=30, seconds=left)
     for row in finalists:
         timing = found[row.name]
