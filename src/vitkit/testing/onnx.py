@@ -41,6 +41,7 @@ def onnx_program(module: nn.Module, example: Tensor | tuple[Tensor, ...]) -> tor
         example: its input, or a tuple of them.
 
     Returns: a ``torch.onnx.ONNXProgram``; its ``save(path)`` writes the file.
+
     Raises: MissingExtra; NotConforming with the exporter's reason.
     """
     translations = onnx_translations()
@@ -67,6 +68,8 @@ def onnx_gap(
 
     Both in eval mode and float32; ``module`` stays as it is, as does torch's random state.
 
+    >>> from torch import nn
+    >>> from vitkit.testing.onnx import onnx_gap
     >>> onnx_gap(nn.Linear(4, 2), torch.ones(3, 4)) < 1e-5
     True
 
@@ -77,6 +80,7 @@ def onnx_gap(
             for good.
 
     Returns: the difference over all outputs; infinity if shapes differ, or an answer is NaN in one of the two only.
+
     Raises: MissingExtra; BadInput if ``other`` has other shapes; NotConforming with the reason, if the exporter or
         ONNX Runtime does not take the module.
     """
