@@ -9,12 +9,8 @@ STAMP := $(VENV)/.installed
 demo: $(STAMP)
 	$(BIN)/vitkit study digits --out studies/digits --budget 4m
 
-# engines bring thread pools and signal handlers of their own: their tests run in a process of their own
-ENGINES := tests/deploy tests/cli/test_deploy.py tests/testing/test_onnx.py
-
 test: $(STAMP) lint
-	$(BIN)/python -m pytest $(ENGINES:%=--ignore=%)
-	$(BIN)/python -m pytest $(ENGINES)
+	$(BIN)/python -m pytest
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from vitkit.anatomy.untouched import untouched
 from vitkit.deploy.merging import dense_merges
 from vitkit.deploy.onnx_translations import onnx_translations
+from vitkit.deploy.signal_stack import kept_signal_stack
 from vitkit.errors import BadInput
 
 
@@ -158,7 +159,7 @@ class Source:
         free = [op.get_friendly_name() for op in model.get_ops() if op.get_type_name() == "MatMul" and _no_weight(op)]
         batches = np.split(self.calibration, range(1, len(self.calibration)))
         try:
-            with quiet():
+            with quiet(), kept_signal_stack():
                 return nncf.quantize(
                     model,
                     nncf.Dataset(batches),

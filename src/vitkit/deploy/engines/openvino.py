@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vitkit.deploy.engines import Setting, lacking
+from vitkit.deploy.signal_stack import kept_signal_stack
 
 if TYPE_CHECKING:
     from vitkit.deploy.source import Source
@@ -43,7 +44,8 @@ def make(source: Source, precision: str, folder: Path) -> None:
 
 
 def load(folder: Path, precision: str, setting: Setting) -> _Runner:
-    return _Runner(folder, precision, setting)
+    with kept_signal_stack():
+        return _Runner(folder, precision, setting)
 
 
 class _Runner:
@@ -94,7 +96,8 @@ def _has_bf16() -> bool:
     import openvino as ov
 
     _silence()
-    return "BF16" in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    with kept_signal_stack():
+        return "BF16" in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
 def _silence() -> None:
