@@ -30,7 +30,8 @@ def deploy(
 ) -> None:
     """Export a model to the engines of this machine, measure them side by side, keep the fastest faithful one.
 
-    The folder it writes runs without PyTorch: `vitkit serve FOLDER`, or vitkit.deploy.load(FOLDER) in Python.
+    Use the folder it writes with `vitkit serve FOLDER`, or vitkit.deploy.load(FOLDER) in Python. It needs PyTorch only
+    if one of PyTorch's own engines won.
     """
     from vitkit.errors import BadInput
 
