@@ -48,11 +48,24 @@ def test_from_brings_the_other_recipe():
         ("mixer=tome", BadInput, "is a transform"),
         ({"name": "a", "transforms": ["sinkhorn"]}, BadInput, "is a part, not a transform"),
         ({"name": "a", "from": "b"}, UnknownName, "'b'"),
+        ({"name": "a", "base": "vit_femtoo"}, UnknownName, "Did you mean 'vit_femto'"),
     ],
 )
 def test_errors(recipe, error, words):
     with pytest.raises(error, match=words):
         resolved(recipe)
+
+
+def test_the_study_names_the_network_of_recipes_that_name_none():
+    settings = {"base": "vit_femto", "recipes": ["vit", "cpe", "resnet18", {"name": "own", "base": "vit_nano"}]}
+    assert [r.base for r in resolve_recipes(make_settings(settings))] == [
+        "vit_femto",
+        "vit_femto",
+        "resnet18",
+        "vit_nano",
+    ]
+    with pytest.raises(UnknownName, match="vit_femto"):
+        resolve_recipes(make_settings({**settings, "base": "vit_femtoo"}))
 
 
 def test_circles_and_twins():

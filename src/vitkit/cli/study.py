@@ -22,6 +22,7 @@ def study(
         str, typer.Argument(help="digits, a folder, zip, table or array file, or a study.yaml.")
     ] = "digits",
     recipes: Annotated[str | None, typer.Option("--recipes", "-r", help=_HELP_RECIPES)] = None,
+    base: Annotated[str | None, typer.Option(help="A timm name: the network under the recipes.")] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder of the study; the same one resumes.")] = None,
     budget: Annotated[str | None, typer.Option(help="Time for everything, e.g. 6m; cuts epochs evenly.")] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Epochs of training per recipe (default 30).")] = None,
@@ -72,18 +73,20 @@ def study(
     }
     flags = {room: {k: v for k, v in values.items() if v is not None} for room, values in flags.items()}
     if data.endswith((".yaml", ".yml")):
-        base = read_study(data).model_dump(mode="json", by_alias=True, exclude_unset=True)
-        if isinstance(base.get("data"), str):
-            base["data"] = {"path": base["data"]}
+        raw = read_study(data).model_dump(mode="json", by_alias=True, exclude_unset=True)
+        if isinstance(raw.get("data"), str):
+            raw["data"] = {"path": raw["data"]}
     else:
-        base = {"name": Path(data).stem or "study", "data": {"path": data}}
+        raw = {"name": Path(data).stem or "study", "data": {"path": data}}
         recipes = recipes or DEFAULT_RECIPES
+    if base is not None:
+        raw["base"] = base
     if recipes is not None:
         # a comma inside brackets belongs to a list: kan:grid_range=[-2,2]
-        base["recipes"] = [r.strip() for r in re.split(r",(?![^\[]*\])", recipes) if r.strip()]
+        raw["recipes"] = [r.strip() for r in re.split(r",(?![^\[]*\])", recipes) if r.strip()]
     for room, values in flags.items():
-        base[room] = {**base.get(room, {}), **values}
-    settings = make_settings(base, "the command line" if not data.endswith((".yaml", ".yml")) else data)
+        raw[room] = {**raw.get(room, {}), **values}
+    settings = make_settings(raw, "the command line" if not data.endswith((".yaml", ".yml")) else data)
     folder = out or Path("studies") / settings.name
     if not resume and folder.exists():
         import shutil

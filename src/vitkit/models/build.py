@@ -48,11 +48,16 @@ def build(name: str = "vit_pico", *, pretrained: bool = False, **options: Any) -
     return model
 
 
-def create(name: str, *, pretrained: bool = False, **options: Any) -> nn.Module:
-    """A timm model by name; a plain or rotary ViT comes back re-hosted (same tensors, checked)."""
+def check_name(name: str) -> None:
+    """Raises: UnknownName for what timm has no network of, with the nearest name it has."""
     register()
     if not timm.is_model(name.split(".")[0]):
         raise unknown("model", name, timm.list_models(), "timm.list_models()")
+
+
+def create(name: str, *, pretrained: bool = False, **options: Any) -> nn.Module:
+    """A timm model by name; a plain or rotary ViT comes back re-hosted (same tensors, checked)."""
+    check_name(name)
     try:
         model = timm.create_model(name, pretrained=pretrained, **options)
     except TypeError as error:

@@ -34,8 +34,14 @@ def resolve_recipes(settings: StudySettings) -> list[Recipe]:
     written = {r.name: r for r in settings.recipes if isinstance(r, Recipe)}
     _check_measures(settings)
     out: list[Recipe] = []
+    from vitkit.models.build import check_name
+
     for item in settings.recipes:
         recipe = expand(item, written) if isinstance(item, Recipe) else parse(item, written)
+        if recipe.base == "auto":
+            recipe = recipe.model_copy(update={"base": settings.base})
+        if recipe.base != "auto":
+            check_name(recipe.base)
         if any(r.name == recipe.name for r in out):
             raise BadInput(f"The recipe {recipe.name!r} is named twice; give one of them another name.")
         check_options(recipe)

@@ -136,7 +136,7 @@ class Recipe(Strict):
     name: str
     title: str | None = Field(None, description="shown in the report")
     from_: str | None = Field(None, alias="from", description="start from another recipe of the file, or a short form")
-    base: str = Field("auto", description="a timm name; auto: a small ViT sized to the images")
+    base: str = Field("auto", description="a timm name; auto: the study's own, else a small ViT sized to the images")
     pretrained: bool = Field(False, description="timm's weights, which need a network the first time")
     model_options: Options = Field(default_factory=dict, description="of the timm network, like depth")
     parts: list[PartUse] = Field(
@@ -186,6 +186,7 @@ class StudySettings(Strict):
     name: str = "study"
     data: DataSettings = DataSettings()
     protocol: Protocol = Protocol()
+    base: str = Field("auto", description="a timm name: the network of every recipe that names none")
     recipes: list[str | Recipe] = ["vit"]
     measures: Measures = Measures()
 
