@@ -590,7 +590,7 @@ def _key(
     made = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         made.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        made.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+        made.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
     for array in (held, chosen, labels):
         made.update(b"-" if array is None else np.ascontiguousarray(array).tobytes())
     made.update(repr((str(model), [(r.engine, r.precision) for r in rows], options, fingerprint())).encode())
