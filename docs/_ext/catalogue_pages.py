@@ -24,7 +24,7 @@ from vitkit.evidence import read_evidence
 from vitkit.evidence.runner import has_experiment
 from vitkit.evidence.text import conditions, numeric, table, verdict
 from vitkit.files import write_text
-from vitkit.study.settings import DataSettings, Measures, PartUse, Protocol, Recipe, StudySettings
+from vitkit.study.settings import DataSettings, DeploySettings, Measures, PartUse, Protocol, Recipe, StudySettings
 
 KIND_TITLES = {
     "part": "Parts of a model",
@@ -237,7 +237,14 @@ def settings_page() -> str:
     """The keys of a study file with type, default and meaning."""
     out = ["# Keys of a study file", "", "What is left out has its default; an unknown key is an error.", ""]
     out += ["## At the top", "", *_keys(StudySettings)]
-    rooms = {"data": DataSettings, "protocol": Protocol, "measures": Measures, "a recipe": Recipe, "a part": PartUse}
+    rooms = {
+        "data": DataSettings,
+        "protocol": Protocol,
+        "measures": Measures,
+        "deploy": DeploySettings,
+        "a recipe": Recipe,
+        "a part": PartUse,
+    }
     for title, model in rooms.items():
         out += [f"## {title[0].upper()}{title[1:]}", "", text((model.__doc__ or "").partition("\n\n")[0]), ""]
         out += _keys(model)

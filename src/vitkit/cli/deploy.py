@@ -49,19 +49,18 @@ def deploy(
     from vitkit.deploy.images import read_images
     from vitkit.deploy.tuner import deploy as tune
     from vitkit.models.io import load_model
+    from vitkit.study.handover import study_images
     from vitkit.study.settings import parse_duration
 
     seconds = parse_duration(budget)
     folder = find_model(model)
-    own_data = _data_of(folder.parent.parent)
     network, config = load_model(folder)
-    given = data or own_data
-    if given is None:
-        raise BadInput(f"{folder} does not say which images it was trained on; give some with --data.")
     target = out or Path("deployed") / folder.name
     with _Progress(quiet=as_json) as progress:
         progress("reading images", 0, 1)
-        images = read_images(given, config, limit)
+        images = read_images(data, config, limit) if data else study_images(folder.parent.parent, config, limit)
+        if images is None:
+            raise BadInput(f"{folder} is not the model of a study whose images are still there; give some with --data.")
         result = tune(
             network,
             images.held,
@@ -91,17 +90,6 @@ def deploy(
     printer.print(
         f"{result.folder} ({result.seconds:.0f} s{known}). Try it: vitkit serve {result.folder}", markup=False
     )
-
-
-def _data_of(study: Path) -> str | None:
-    """The images of a study; None if the folder is none."""
-    import yaml
-
-    if not (study / "study.yaml").is_file():
-        return None
-    settings = yaml.safe_load((study / "study.yaml").read_text(encoding="utf-8"))
-    found = settings.get("data", {}).get("path") if isinstance(settings, dict) else None
-    return None if found is None else str(found)
 
 
 def _numbers(text: str, kind: type, option: str) -> tuple[Any, ...]:

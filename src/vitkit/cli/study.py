@@ -41,6 +41,9 @@ def study(
     ensembles: Annotated[
         str | None, typer.Option(help="Also combine the recipes' predictions: mean, greedy, stacking … (with commas).")
     ] = None,
+    deploy: Annotated[
+        bool, typer.Option("--deploy", help="Also export the winner to the fastest engine that answers like it.")
+    ] = False,
     on: Annotated[str, typer.Option("--on", help="Where stages run: here or ray.")] = "here",
     resume: Annotated[bool, typer.Option("--resume/--restart", help="Go on with --out, or begin it anew.")] = True,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the final table only.")] = False,
@@ -81,6 +84,8 @@ def study(
         recipes = recipes or DEFAULT_RECIPES
     if base is not None:
         raw["base"] = base
+    if deploy:
+        raw["deploy"] = raw.get("deploy") or True
     if recipes is not None:
         # a comma inside brackets belongs to a list: kan:grid_range=[-2,2]
         raw["recipes"] = [r.strip() for r in re.split(r",(?![^\[]*\])", recipes) if r.strip()]
@@ -109,6 +114,8 @@ def study(
     for row in failed:
         screen.print(f"[red]failed[/red] {row.name}: {row.error}")
     screen.print(f"\nreport: {folder / 'report.html'}")
+    if result.deployed is not None and result.deployed.folder:
+        screen.print(f"serve the winner: vitkit serve {folder / result.deployed.folder}")
 
 
 def _table(result: Any) -> Any:

@@ -51,12 +51,20 @@ def read_images(data: str, config: ModelConfig, limit: int = 1000, calibration: 
     else:
         count = min(calibration, len(order) // 3)
         first, rest = order[:count], order[count:]
+    return images_at(source, first[:calibration], rest[:limit], config)
+
+
+def images_at(source: Source, calibration: np.ndarray, held: np.ndarray, config: ModelConfig) -> Images:
+    """The images with these numbers (N,) of a source, at a model's size and channels.
+
+    Raises: BadInput if the source has classes the model does not know.
+    """
     numbers = _own_numbers(source, config)
-    chosen, chosen_labels = _read(source, first[:calibration], config)
-    held, held_labels = _read(source, rest[:limit], config)
+    chosen, chosen_labels = _read(source, calibration, config)
+    others, other_labels = _read(source, held, config)
     if numbers is not None:
-        chosen_labels, held_labels = numbers[chosen_labels], numbers[held_labels]
-    return Images(chosen, chosen_labels, held, held_labels)
+        chosen_labels, other_labels = numbers[chosen_labels], numbers[other_labels]
+    return Images(chosen, chosen_labels, others, other_labels)
 
 
 def _own_numbers(source: Source, config: ModelConfig) -> np.ndarray | None:

@@ -86,6 +86,22 @@ class DataFacts:
     value_range: tuple[float, float] | None
 
 
+def data_stage(settings: StudySettings, fingerprint: str) -> Stage:
+    """The stage that checks and splits the data with this fingerprint."""
+    protocol = settings.protocol
+    return Stage(
+        "data",
+        "check and split the data",
+        {
+            "data": settings.data.model_dump(mode="json", exclude={"cache_mb", "augment"}),
+            "fingerprint": fingerprint,
+            "split": [protocol.test, protocol.val, protocol.folds, protocol.seed],
+            # only where it is asked for: other data keep their key
+            **({"long_tail": protocol.long_tail} if protocol.long_tail is not None else {}),
+        },
+    )
+
+
 def model_config(recipe: Recipe, facts: DataFacts, fold: int) -> ModelConfig:
     """The model of a recipe, sized to the images."""
     from vitkit.models.presets import default_patch

@@ -150,7 +150,7 @@ def _page(result: StudyResult) -> dict[str, Any]:
         "machine": _plain_items(result.machine),
         "method": _method(result),
     }
-    page |= _ensemble_tables(result)
+    page |= _ensemble_tables(result) | _engine_table(result)
     page |= _cost_table(ranked) | _measure_table(ranked) | _faithfulness_table(result) | _class_table(result)
     page["facts"] = _facts(result, done)
     page["sections"] = _sections(page)
@@ -163,6 +163,7 @@ def _sections(page: dict[str, Any]) -> list[tuple[str, str]]:
         ("costs", "Cost", page["trade_offs"] or page["cost_rows"]),
         ("measures", "Measures", page["measure_rows"]),
         ("ensembles", "Ensembles", page["team_rows"]),
+        ("deployed", "Exported", page["deployed"]),
         ("calibration", "Calibration", page["reliability"]),
         ("rejection", "Doubtful images", page["rejection"]),
         ("confusion", "Confusion", page["confusion"]),
@@ -403,6 +404,42 @@ def _ensemble_tables(result: StudyResult) -> dict[str, Any]:
     ]
     oracle = "" if found.oracle is None else f"{100 * found.oracle:.1f} %"
     return {"team_rows": rows, "apart_header": found.names, "apart_rows": apart, "oracle": oracle}
+
+
+#: engines in the order of their status, then of their speed
+_STATUS = ("ok", "slower", "too much lost", "failed", "not installed", "not tried")
+
+
+def _engine_table(result: StudyResult) -> dict[str, Any]:
+    """The engines that the winner was tried on."""
+    found = result.deployed
+    if found is None:
+        return {"deployed": None, "engine_rows": []}
+    chosen = found.engines[found.chosen] if found.chosen is not None else None
+    rows = []
+    for e in sorted(found.engines, key=lambda e: (_STATUS.index(e.status), -(e.images_per_s or 0))):
+        name = f"{e.engine} {e.precision}".strip() + (f", {100 * e.merge:g} % merged" if e.merge else "")
+        note = "chosen" if e is chosen else e.status + (f": {e.reason}" if e.reason else "")
+        drop, ends = e.drop or Interval(), ""
+        if drop.low is not None and drop.high is not None:
+            ends = f"{drop.low:+.1f} to {drop.high:+.1f}".replace("-", "−")
+        cells = [
+            _number_cell(e.images_per_s, "{:.0f}", [f"batch {e.batch}"] if e.batch else []),
+            _number_cell(e.ratio, "{:.2f}×"),
+            _number_cell(e.ms, "{:.3g} ms", [f"p95 {e.p95:.3g} ms"] if e.p95 is not None else []),
+            _number_cell(e.megabytes, "{:.2f} MB"),
+            _number_cell(drop.value, "{:+.1f}", [ends] if ends else []),
+            _number_cell(None if e.agreement is None else 100 * e.agreement, "{:.1f} %"),
+            Cell(note, kind="good" if e is chosen else ""),
+        ]
+        rows.append(Row(name, cells, baseline=e is chosen))
+    return {"deployed": found, "engine_rows": rows}
+
+
+def _number_cell(value: float | None, form: str, sub: Sequence[str] = ()) -> Cell:
+    if value is None:
+        return Cell(wording.MISSING)
+    return Cell(form.format(value).replace("-", "−"), sub, value)
 
 
 def _gain_cell(gain: Interval, best: str) -> Cell:

@@ -290,6 +290,42 @@ class Ensembles(_Record):
     oracle: Number = None
 
 
+class EngineResult(_Record):
+    """One engine that the winner was tried on.
+
+    ``status`` and ``reason`` as in :class:`vitkit.deploy.tuner.Row`; ``ratio`` is images a second over those of eager
+    float32 PyTorch, the two taking turns; ``drop`` are points of accuracy lost (without labels: expected to be).
+    """
+
+    engine: str
+    precision: str
+    merge: float = 0.0
+    status: str
+    reason: str | None = None
+    images_per_s: Number = None
+    ratio: Number = None
+    ms: Number = None
+    p95: Number = None
+    batch: Count | None = None
+    megabytes: Number = None
+    drop: Interval | None = None
+    agreement: Number = None
+
+
+class Deployed(_Record):
+    """The winner as an engine runs it.
+
+    ``chosen`` is the place in ``engines``, ``folder`` the artefact beside the report; ``error`` says why there is none.
+    """
+
+    recipe: str
+    folder: str | None = None
+    chosen: Count | None = None
+    reason: str | None = None
+    error: str | None = None
+    engines: list[EngineResult] = Field(default_factory=list)
+
+
 class Skipped(_Record):
     """A file that could not be used, and why."""
 
@@ -374,6 +410,7 @@ class StudyResult(_Record):
     recipes: list[RecipeResult] = Field(default_factory=list)
     ensembles: Ensembles | None = None
     gallery: Gallery | None = None
+    deployed: Deployed | None = None
     verdict: list[str] = Field(default_factory=list)
 
     @model_validator(mode="after")

@@ -15,8 +15,9 @@ import yaml
 
 from vitkit.errors import VitkitError
 from vitkit.files import write_text
+from vitkit.study.handover import check_engines, deploy_winner
 from vitkit.study.live import Live
-from vitkit.study.plan import DataFacts, Plan, Stage, make_plan
+from vitkit.study.plan import DataFacts, Plan, Stage, data_stage, make_plan
 from vitkit.study.recipe import resolve_recipes
 from vitkit.study.results import StudyResult, read_json, write_csv, write_json
 from vitkit.study.settings import Recipe, StudySettings
@@ -51,6 +52,7 @@ def run_study(
     """
     check_place(on)
     recipes = resolve_recipes(settings)
+    check_engines(settings)
     view = live or Live(None)
     with disk_errors(out), Store(out) as store, view:
         study = {"data": settings.data.model_dump(mode="json"), "protocol": settings.protocol.model_dump(mode="json")}
@@ -64,7 +66,7 @@ def run_study(
         if len(failures) == len(recipes):
             raise VitkitError("No recipe finished. " + " · ".join(f"{n}: {e}" for n, e in failures.items()))
         view.say("summarising")
-        result = summarise_and_write(settings, store, plan, facts, failures, command, notes)
+        result = summarise_and_write(settings, store, plan, facts, failures, command, notes, view)
     return result
 
 
@@ -80,6 +82,7 @@ def summarise_and_write(
     failures: dict[str, str],
     command: str,
     notes: list[str],
+    view: Live,
 ) -> StudyResult:
     """Write results.json, results.csv, study.yaml, models/ and report.html; each appears whole or not at all.
 
@@ -91,10 +94,14 @@ def summarise_and_write(
         return known
     from vitkit.study.report import write_report
     from vitkit.study.summary import summarise
+    from vitkit.study.verdict import deployed_verdict
 
     (root / _MADE_FROM).unlink(missing_ok=True)
     result = summarise(settings, store, plan, facts, failures, command, notes)
     _export_models(result, plan, store)
+    if settings.deploy is not None:
+        result.deployed = deploy_winner(result, settings, store, facts, view)
+        result.verdict = [*result.verdict, *deployed_verdict(result)]
     write_json(result, root / "results.json")
     write_csv(result, root / "results.csv")
     resolved = settings.model_dump(mode="json", by_alias=True, exclude_none=True)
@@ -137,24 +144,16 @@ def _already_written(root: Path, made_from: str) -> StudyResult | None:
     except (OSError, VitkitError):
         return None
     models = [r.model_dir for r in result.recipes if r.status == "ok" and r.model_dir]
-    return result if all((root / m / "model.safetensors").is_file() for m in models) else None
+    needed = [root / m / "model.safetensors" for m in models]
+    if result.deployed is not None and result.deployed.folder:
+        needed.append(root / result.deployed.folder / "manifest.json")
+    return result if all(path.is_file() for path in needed) else None
 
 
 def _prepare_data(settings: StudySettings, store: Store, study: dict[str, Any], view: Live) -> DataFacts:
     view.say(f"reading {settings.data.path}")
     source = open_data(settings.data, store.root, view.report)
-    protocol = settings.protocol
-    stage = Stage(
-        "data",
-        "check and split the data",
-        {
-            "data": settings.data.model_dump(mode="json", exclude={"cache_mb", "augment"}),
-            "fingerprint": source.fingerprint,
-            "split": [protocol.test, protocol.val, protocol.folds, protocol.seed],
-            # only where it is asked for: other data keep their key
-            **({"long_tail": protocol.long_tail} if protocol.long_tail is not None else {}),
-        },
-    )
+    stage = data_stage(settings, source.fingerprint)
     if not store.has(stage.key):
         with view.stage(stage, 0, 1) as report:
             run_stage(str(store.root), stage, study, report)

@@ -130,6 +130,31 @@ class Measures(Strict):
         return value
 
 
+class DeploySettings(Strict):
+    """The winner is exported to the fastest engine of this machine that still answers like it; see `vitkit deploy`."""
+
+    max_drop: float = Field(1.0, ge=0, description="points of accuracy that may be lost")
+    budget_seconds: float = Field(180.0, gt=0, alias="budget", description="time for it, like 3m")
+    batches: list[int] = Field([8], min_length=1, description="images at a time; the fastest is kept")
+    merge: list[float] = Field(default_factory=list, description="shares of patch tokens to try to merge away")
+    engines: list[str] | None = Field(None, description="only these; None: all that are here")
+
+    @field_validator("budget_seconds", mode="before")
+    @classmethod
+    def _duration(cls, value: Any) -> Any:
+        return parse_duration(value) if isinstance(value, str) else value
+
+    @field_validator("batches", "merge")
+    @classmethod
+    def _in_range(cls, value: list[Any]) -> list[Any]:
+        for number in value:
+            if isinstance(number, int) and number < 1:
+                raise ValueError(f"{number} images at a time cannot be run; give 1 or more")
+            if isinstance(number, float) and not 0 < number < 1:
+                raise ValueError(f"{number} is no share between 0 and 1")
+        return value
+
+
 class Recipe(Strict):
     """A model and everything done to it, in the order of the fields."""
 
@@ -189,11 +214,17 @@ class StudySettings(Strict):
     base: str = Field("auto", description="a timm name: the network of every recipe that names none")
     recipes: list[str | Recipe] = ["vit"]
     measures: Measures = Measures()
+    deploy: DeploySettings | None = Field(None, description="`true`, or how to export the winner; None: not at all")
 
     @field_validator("data", mode="before")
     @classmethod
     def _path_only(cls, value: Any) -> Any:
         return {"path": value} if isinstance(value, str) else value
+
+    @field_validator("deploy", mode="before")
+    @classmethod
+    def _yes_or_how(cls, value: Any) -> Any:
+        return {True: {}, False: None}[value] if isinstance(value, bool) else value
 
 
 def parse_duration(text: str) -> float:

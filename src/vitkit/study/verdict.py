@@ -23,6 +23,21 @@ def verdict(result: StudyResult) -> list[str]:
     return [_who(result, ranked), _at_what_cost(result, ranked)]
 
 
+def deployed_verdict(result: StudyResult) -> list[str]:
+    """How much faster the winner runs on the engine it was exported to; nothing if it was not."""
+    found = result.deployed
+    if found is None:
+        return []
+    if found.chosen is None:
+        return [f"{found.recipe} was not exported: {(found.error or 'no reason given').rstrip('.')}."]
+    row = found.engines[found.chosen]
+    merged = f" with {100 * row.merge:g} % of its tokens merged" if row.merge else ""
+    drop = row.drop.value if row.drop else None
+    lost = "" if drop is None else f", {abs(drop):.1f} points {'lost' if drop >= 0 else 'gained'}"
+    engine = f"{row.engine} {row.precision}{merged}"
+    return [f"Exported to {engine}, {found.recipe} runs {row.ratio or 1:.1f}× as fast as in eager PyTorch{lost}."]
+
+
 def _nothing_finished(result: StudyResult) -> list[str]:
     failed = [r for r in result.recipes if r.status == "failed"]
     if failed:
