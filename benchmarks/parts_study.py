@@ -4,8 +4,10 @@
     vitkit study recipes/parts_study.yaml --out cifar
     python benchmarks/parts_study.py Fashion-MNIST=fashion CIFAR-10=cifar [--control Fashion-MNIST=again …]
 
-Writes ``index.md``, ``parts.svg``, and each study's report and table. A control is a study of the baseline alone with
-other seeds: how far it lies from itself is what differences mean nothing below.
+Several studies of one data set (CIFAR-10=first,second) are read as one, with Holm's correction over all their parts.
+Writes ``index.md``, ``parts.svg``, and each study's report, table and JSON, which may be given in place of its folder.
+A control is a study of the baseline alone with other seeds: how far it lies from itself is what differences mean
+nothing below.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ import numpy as np
 from scipy import stats
 
 from vitkit.catalogue import methods
+from vitkit.errors import BadInput
 from vitkit.files import write_text
+from vitkit.study.statistics import holm
 
 Recipe = dict[str, Any]
 #: slot → its heading, in the order of the data through a ViT
@@ -44,30 +48,55 @@ def main() -> None:
     parser.add_argument("--control", nargs="*", default=[], metavar="NAME=FOLDER")
     parser.add_argument("--out", type=Path, default=Path("docs/parts-study"))
     options = parser.parse_args()
-    studies = {name: Path(folder) for name, folder in (s.split("=", 1) for s in options.studies)}
-    found = {name: _read(folder) for name, folder in studies.items()}
+    studies = {
+        name: [Path(f) for f in folders.split(",")] for name, folders in (s.split("=", 1) for s in options.studies)
+    }
+    found = {name: joined([_read(folder) for folder in folders]) for name, folders in studies.items()}
     controls = {name: _read(Path(folder)) for name, folder in (s.split("=", 1) for s in options.control)}
     options.out.mkdir(parents=True, exist_ok=True)
     draw(found, options.out / "parts.svg")
-    for name, folder in studies.items():
-        for suffix in ("html", "csv"):
-            source = folder / ("report.html" if suffix == "html" else "results.csv")
-            shutil.copyfile(source, options.out / f"{_slug(name)}.{suffix}")
-    write_text(options.out / "index.md", page(found, controls))
+    for name, folders in studies.items():
+        for folder, file in zip(folders, _files(name, len(folders))):
+            if folder.is_dir():
+                shutil.copyfile(folder / "report.html", options.out / f"{file}.html")
+                shutil.copyfile(folder / "results.csv", options.out / f"{file}.csv")
+                write_text(options.out / f"{file}.json", json.dumps(_read(folder), ensure_ascii=False) + "\n")
+    write_text(options.out / "index.md", page(found, controls, {name: len(f) for name, f in studies.items()}))
 
 
-def _read(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "results.json").read_text(encoding="utf-8"))
+def _read(study: Path) -> dict[str, Any]:
+    """What a study's folder, or a file written from one, says of its recipes."""
+    path = study / "results.json" if study.is_dir() else study
+    results = json.loads(path.read_text(encoding="utf-8"))
+    for recipe in results["recipes"]:
+        # most of the file, and not shown
+        recipe.pop("curves", None)
+    return results
 
 
-def page(found: dict[str, dict[str, Any]], controls: dict[str, dict[str, Any]]) -> str:
-    """The Markdown of the page."""
+def joined(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """Studies of the same data, settings and baseline as one."""
+    first = parts[0]
+    for other in parts[1:]:
+        for key in ("data", "protocol", "base"):
+            if other["settings"]["study"][key] != first["settings"]["study"][key]:
+                raise BadInput(f"{first['name']} and {other['name']} differ in {key} and cannot be one study.")
+        known = {r["name"] for r in first["recipes"]}
+        first["recipes"] += [r for r in other["recipes"] if r["name"] not in known]
+    rows = [r["versus_baseline"] for r in first["recipes"] if r["versus_baseline"]]
+    for row, p in zip(rows, holm([row["p"] for row in rows])):
+        row["p_holm"], row["significant"] = p, p is not None and p < 0.05
+    return first
+
+
+def page(found: dict[str, dict[str, Any]], controls: dict[str, dict[str, Any]], counts: dict[str, int]) -> str:
+    """The Markdown of the page; ``counts``: how many studies each data set has."""
     out = ["# Parts side by side", "", *_lead(found), "", "![](parts.svg)", "", *_reading(found, controls), ""]
     head = ["part", *(f"{name}, points" for name in found), "parameters", "FLOPs", "1 image", "32 images"]
     for slot, names in _by_slot(found).items():
         out += [f"## {SLOTS[slot]}", "", _line(head), _line(["---", *["--:"] * (len(head) - 1)])]
         out += [_line(_cells(name, found)) for name in names] + [""]
-    return "\n".join([*out, *_files(found), ""])
+    return "\n".join([*out, *_whole(found, counts), ""])
 
 
 def _lead(found: dict[str, dict[str, Any]]) -> list[str]:
@@ -149,7 +178,7 @@ def _cells(name: str, found: dict[str, dict[str, Any]]) -> list[str]:
     points = []
     for row in rows:
         if row is None or row["status"] != "ok":
-            points.append("failed")
+            points.append("failed" if row else "not run")
             continue
         v = row["versus_baseline"]
         said = f"{_points(v['difference'])} [{_points(v['low'])}, {_points(v['high'])}]"
@@ -248,11 +277,18 @@ def _slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def _files(found: dict[str, dict[str, Any]]) -> list[str]:
+def _files(name: str, count: int) -> list[str]:
+    """Names of the files of a data set's studies, without their endings."""
+    return [_slug(name) + (f"-{i + 1}" if count > 1 else "") for i in range(count)]
+
+
+def _whole(found: dict[str, dict[str, Any]], counts: dict[str, int]) -> list[str]:
     first = next(iter(found.values()))
     versions = ", ".join(f"{k} {first['versions'][k]}" for k in ("vitkit", "torch", "timm"))
     links = "; ".join(
-        f"{name}: {{download}}`report <{_slug(name)}.html>`, {{download}}`table <{_slug(name)}.csv>`" for name in found
+        f"{name}: {{download}}`report <{file}.html>`, {{download}}`table <{file}.csv>`"
+        for name in found
+        for file in _files(name, counts[name])
     )
     return ["## Whole reports", "", f"{links}. Made with {versions}."]
 
