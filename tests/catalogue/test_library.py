@@ -144,6 +144,28 @@ def test_papers_from_no_digest_stand_under_no_heading(library):
     assert [row.title for row in library.papers(section="K")] == ["Paper 1"]
 
 
+def test_set_summary_changes_nothing_else(library):
+    library.merge(
+        digest(paper(1, abstract="a", authors=("x",)), paper(1, version=2, abstract="b"), paper(2)),
+        digest(paper(1, version=0, form="daily", section="D", summary="own"), source="b.md"),
+    )
+    paper_before, rows_before, other = library.find("2505.00001"), library.rows(), library.find("2505.00002")
+    library.set_summary("2505.00001", "made of\nsieves")
+    assert library.find("2505.00001") == replace(paper_before, summary="made of sieves")
+    assert [row.summary for row in library.versions("2505.00001")] == ["made of sieves", "", "own"]
+    # no listing more or less; a digest's own words stay in its rows
+    by_version = {row.version: row.summary for row in library.rows() if row.arxiv_id == "2505.00001"}
+    assert by_version == {2: "made of sieves", 1: "made of sieves", 0: "own"}
+    assert [replace(row, summary="") for row in library.rows()] == [replace(row, summary="") for row in rows_before]
+    assert library.find("2505.00002") == other
+    assert [hit.row.arxiv_id for hit in library.search("sieve")] == ["2505.00001"]
+    # the same digest again, and a newer version, leave it
+    library.merge(digest(paper(1, version=2, abstract="b")), digest(paper(1, version=3, abstract="c")))
+    assert (library.find("2505.00001").summary, library.find("2505.00001").version) == ("made of sieves", 3)
+    with pytest.raises(UnknownName, match="No paper of the library is called '2505.00009'"):
+        library.set_summary("2505.00009", "s")
+
+
 def test_since_and_unknown_sections(library):
     library.merge(digest(paper(1), paper(2), paper(3, date="")))
     assert [row.title for row in library.rows(since="2025-05-02")] == ["Paper 2"]

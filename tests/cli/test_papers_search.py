@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -48,3 +49,28 @@ def test_what_is_here_is_shown_with_its_command():
 def test_any_text_is_a_query(query):
     json.loads(search(query, "--json"))
     assert "No paper matches" in search("zzzzqqq")
+
+
+def test_vectors_find_what_is_said_in_other_words(monkeypatch, tmp_path):
+    from vitkit.catalogue import meaning
+    from vitkit.catalogue.joined import papers
+
+    class Topic:
+        """Tells papers on hedges from all others."""
+
+        def encode(self, texts, **options):
+            return np.array([[1.0, 0.0] if "hedge" in t or "gardening" in t else [0.0, 1.0] for t in texts])
+
+    monkeypatch.setenv("VITKIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(meaning, "_load", lambda model: Topic())
+    assert not json.loads(search("gardening", "--json"))
+    done = CliRunner().invoke(app, ["papers", "embed", "--model", "topics"])
+    assert done.exit_code == 0, done.output
+    with Library() as library:
+        assert f"{len(papers(library))} vectors made by topics" in done.output
+    assert json.loads(search("gardening", "--json"))[0]["arxiv_id"] == "9901.00002"
+    assert not json.loads(search("gardening", "--json", "--words"))
+    # what both orders have is first
+    assert json.loads(search("hedges", "--json"))[0]["arxiv_id"] == "9901.00002"
+    again = CliRunner().invoke(app, ["papers", "embed"])
+    assert "0 vectors made by topics" in again.output

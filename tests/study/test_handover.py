@@ -104,6 +104,11 @@ def test_numbers_out_of_range(data, deploy, words):
         settings(data, **deploy)
 
 
+def test_an_unknown_key_is_named():
+    with pytest.raises(BadInput, match=r"'deploy.max_dorp'.*Did you mean 'max_drop'"):
+        make_settings({"deploy": {"max_dorp": 1}})
+
+
 def test_yes_and_no_are_enough():
     assert make_settings({"deploy": True}).deploy.max_drop == 1.0
     assert make_settings({"deploy": False}).deploy is None

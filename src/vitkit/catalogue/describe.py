@@ -76,6 +76,11 @@ def kinds(entry: Entry, meant: Sequence[Method] = ()) -> str:
     return ", ".join(dict.fromkeys(f"{t.kind} ({t.slot})" if t.slot else t.kind for t in things))
 
 
+def study_command(method: Method) -> str:
+    """The command that compares a method with a plain ViT; empty for kinds that no recipe takes. Nothing is loaded."""
+    return f"vitkit study ./my-images --recipes vit,{method.name}" if method.kind in IN_RECIPES else ""
+
+
 def _python(method: Method, found: Any, rows: list[Option]) -> list[str]:
     module, _, attribute = method.dotted.partition(":")
     if method.kind == "part":
@@ -98,16 +103,15 @@ def _python(method: Method, found: Any, rows: list[Option]) -> list[str]:
 
 
 def _study(method: Method, rows: list[Option]) -> list[str]:
-    if method.kind not in IN_RECIPES:
-        return []
-    lines = [f"vitkit study ./my-images --recipes vit,{method.name}"]
-    if method.kind == "backbone":
-        return lines
+    command = study_command(method)
+    if not command or method.kind == "backbone":
+        return [command] if command else []
+    lines = [command]
     # classes and functions have no name in a recipe
     values = [o for o in rows if o.default not in ("required", "None") and not re.search(r"type\[|Callable", o.type)]
     settable = next((o for o in values if o.name != "warm"), None)
     if settable:
         value = settable.default.strip("'\"")
         if not set(value) & set(" ,+:()[]{}/"):
-            lines.append(f"vitkit study ./my-images --recipes vit,{method.name}:{settable.name}={value}")
+            lines.append(f"{command}:{settable.name}={value}")
     return lines

@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from vitkit.catalogue.digests.row import Digest, Row, Unreadable
+from vitkit.catalogue.digests.row import Digest, Row, Unreadable, tidy
 from vitkit.errors import BadInput, VitkitError, unknown
 
 #: raised by one with every change of the tables
@@ -220,6 +220,29 @@ class Library:
             repeated=tuple(repeated),
             unreadable=tuple(u for digest in digests for u in digest.unreadable),
         )
+
+    def set_summary(self, arxiv_id: str, summary: str) -> None:
+        """Give a paper a summary, in place of the one it has; nothing else of it changes.
+
+        It becomes the summary of the newest version, so an older version's is remembered.
+
+        Args:
+            arxiv_id: without version.
+            summary: not empty.
+
+        Raises: UnknownName if the paper is not here; VitkitError if the library cannot be written.
+        """
+        moment = datetime.now(UTC).isoformat(timespec="seconds")
+        with self._explained(), self._transaction():
+            changed = self._db.execute(
+                "UPDATE versions SET summary = ? WHERE arxiv_id = ? "
+                "AND version = (SELECT version FROM papers WHERE arxiv_id = versions.arxiv_id)",
+                (tidy(summary), arxiv_id),
+            )
+            if not changed.rowcount:
+                known = [row.arxiv_id for row in self._papers("")]
+                raise unknown("paper of the library", arxiv_id, known, "vitkit papers export --form csv")
+            self._settle(arxiv_id, moment)
 
     def sections(self) -> list[Section]:
         """All headings, in the order in which they were first imported."""

@@ -7,14 +7,24 @@ from typing import Annotated
 
 import typer
 
+from vitkit.cli.papers_embed import papers_embed
 from vitkit.cli.papers_export import papers_export
+from vitkit.cli.papers_fetch import papers_fetch
 from vitkit.cli.papers_import import papers_import
 from vitkit.cli.papers_search import papers_search
+from vitkit.cli.papers_serve import papers_serve
+from vitkit.cli.papers_summarise import papers_summarise
+from vitkit.cli.papers_watch import papers_watch
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, invoke_without_command=True)
 app.command("import")(papers_import)
 app.command("export")(papers_export)
+app.command("fetch")(papers_fetch)
+app.command("watch")(papers_watch)
 app.command("search")(papers_search)
+app.command("embed")(papers_embed)
+app.command("serve")(papers_serve)
+app.command("summarise")(papers_summarise)
 
 
 @app.callback()
@@ -24,7 +34,7 @@ def papers(
     missing: Annotated[bool, typer.Option("--missing", help="Only what no code comes with yet.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """List the published systems of the catalogue; `import`, `export` and `search` keep a library beside it."""
+    """List the published systems of the catalogue; the commands keep a library of your own beside it."""
     if ctx.invoked_subcommand is not None:
         return
     from vitkit.catalogue import load

@@ -30,7 +30,7 @@ def papers_export(
 
     if form not in FORMS:
         raise unknown("form of a digest", form, FORMS, "vitkit papers export --help")
-    first_day = _day(since) if since is not None else ""
+    first_day = day(since) if since is not None else ""
     with Library() as library:
         if newest or form == "bibtex":
             rows = library.papers(section, first_day)
@@ -48,7 +48,7 @@ def papers_export(
         print(f"{len(rows)} rows written to {out}." if rows and out else "No row matches.", file=sys.stderr)
 
 
-def _day(text: str) -> str:
+def day(text: str) -> str:
     from datetime import date
 
     from vitkit.errors import BadInput

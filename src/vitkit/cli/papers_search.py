@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
-
-if TYPE_CHECKING:
-    from vitkit.catalogue.digests import Row
 
 
 def papers_search(
     query: Annotated[list[str], typer.Argument(help='Words; "words in quotes" must stand side by side.')],
     limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="Papers to show.")] = 15,
     here: Annotated[bool, typer.Option("--here", help="Only those with code in vitkit.")] = False,
+    words: Annotated[bool, typer.Option("--words", help="By words alone, though there are vectors.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Find papers by title, abstract and summary: in your library, and in the catalogue that comes with vitkit.
 
-    What vitkit has code for is marked and shown with the command that runs it.
+    What vitkit has code for is marked and shown with the command that runs it. After `vitkit papers embed` papers that
+    say the same in other words are found, too.
     """
     from vitkit.cli.console import console, print_json, table
 
-    found = _search(" ".join(query), limit, here)
+    found = _search(" ".join(query), limit, here, words)
     if as_json:
         print_json(found)
         return
@@ -39,28 +38,19 @@ def papers_search(
     out.print(rows)
 
 
-def _search(query: str, limit: int, here: bool) -> list[dict[str, Any]]:
-    """Hits of the library, then those of the catalogue that the library does not have."""
-    from vitkit.catalogue import load
-    from vitkit.catalogue.digests import Digest, Row
+def _search(query: str, limit: int, here: bool, words: bool) -> list[dict[str, Any]]:
+    from vitkit.catalogue.joined import catalogue_index, papers, search
     from vitkit.catalogue.library import Library
+    from vitkit.catalogue.meaning import Vectors, have_vectors
 
-    entries = {entry.id: entry for entry in load().values() if entry.id}
-    shipped = [Row(arxiv_id=e.id, title=e.title, date=e.date, summary=e.summary) for e in entries.values()]
-    # more than are shown, as some may be left out
-    enough = limit if not here else 100 * limit
-    with Library() as library, Library(":memory:") as catalogue:
-        catalogue.merge(Digest(rows=tuple(shipped)))
-        rows: dict[str, Row] = {}
-        for source in (library, catalogue):
-            for hit in source.search(query, enough):
-                rows.setdefault(hit.row.arxiv_id, hit.row)
-    found = []
-    for row in rows.values():
-        entry = entries.get(row.arxiv_id)
-        run = f"vitkit show {entry.name}" if entry is not None and entry.provides else ""
-        if run or not here:
-            found.append(
-                {"arxiv_id": row.arxiv_id, "date": row.date, "title": row.title, "url": row.url, "run": run}
-            )  # fmt: skip
-    return found[:limit]
+    vectors = Vectors() if have_vectors() and not words else None
+
+    with Library() as library, catalogue_index() as index:
+        known = papers(library)
+        # more than are shown, as some may be left out
+        found = search(query, known, library, index, limit=len(known) if here else limit, vectors=vectors)
+    return [
+        {"arxiv_id": p.row.arxiv_id, "date": p.row.date, "title": p.row.title, "url": p.url, "run": p.run}
+        for p in found
+        if p.run or not here
+    ][:limit]

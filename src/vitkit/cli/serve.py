@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -47,6 +46,7 @@ def serve(
     from vitkit.cli.find_model import find_model
     from vitkit.deploy.server.limits import Limits
     from vitkit.deploy.server.run import Job, run, run_several
+    from vitkit.web.listen import LOOPBACK, address_of, listen
 
     size = int(max_mb * 2**20)
     limits = Limits(
@@ -64,10 +64,9 @@ def serve(
         print(f"{folder.name} is the best of {path}.")
     job = Job(folder, limits, _read_key(api_key_file), tuple(cors or ()))
     # before the model is loaded, which takes long and would be in vain
-    listener = _listen(host, port)
-    shown = f"[{host}]" if ":" in host else host
-    address = f"http://{shown}:{listener.getsockname()[1]}"
-    if job.api_key is None and host not in ("127.0.0.1", "::1", "localhost"):
+    listener = listen(host, port)
+    address = address_of(listener, host)
+    if job.api_key is None and host not in LOOPBACK:
         print("Whoever reaches this address can use the model; --api-key-file asks for a key.", file=sys.stderr)
     code = run(job, listener, address) if workers == 1 else run_several(job, listener, address, workers)
     if code:
@@ -94,31 +93,3 @@ def _read_key(file: Path | None) -> str | None:
     if not key or not key.isascii() or not key.isprintable():
         raise BadInput(f"{where} must hold a key of printable ASCII characters, without line breaks inside.")
     return key
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    """Take the port; who connects waits until the model is loaded.
-
-    Raises: BadInput if it cannot be had.
-    """
-    from vitkit.errors import BadInput
-
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-    except OSError as error:
-        raise BadInput(f"--host {host} is no address of this machine: {error.strerror or error}.") from error
-    listener = socket.socket(family, kind, protocol)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        # two programs may both bind a port with the option above; only one of them may listen
-        listener.listen(1024)
-    except OSError as error:
-        listener.close()
-        raise BadInput(
-            f"Port {port} of {host} cannot be used: {error.strerror or error}. Choose another one with --port, or 0 "
-            "for any free one."
-        ) from error
-    return listener

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from importlib import import_module
@@ -66,6 +67,10 @@ class _Verbs(TyperGroup):
                 raise
             say("Interrupted.")
             raise typer.Exit(EXIT_INTERRUPTED) from error
+        except BrokenPipeError as error:
+            # `| head` has seen enough; Python would complain once more when it flushes
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit() from error
 
 
 def say(text: str) -> None:

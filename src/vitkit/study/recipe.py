@@ -18,8 +18,9 @@ from vitkit.catalogue import methods, resolve
 from vitkit.catalogue.options import options as options_of
 from vitkit.errors import BadInput, unknown
 from vitkit.study.plan import training_of
-from vitkit.study.settings import PartUse, Recipe, StudySettings, Use, load_yaml
+from vitkit.study.settings import PartUse, Recipe, StudySettings, Use
 from vitkit.study.trial import check_values
+from vitkit.yaml_settings import load_yaml
 
 BASELINE = "vit"
 

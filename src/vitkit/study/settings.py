@@ -7,18 +7,12 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from vitkit.errors import BadInput
+from vitkit.yaml_settings import Strict, line_of, read_mapping
 
 Options = dict[str, Any]
-
-
-class Strict(BaseModel):
-    """Unknown keys are errors, answered with the nearest known one."""
-
-    model_config = ConfigDict(extra="forbid", populate_by_name=True, frozen=True)
 
 
 class Use(Strict):
@@ -242,44 +236,12 @@ def parse_duration(text: str) -> float:
     return sum(float(number) * units[unit] for number, unit in parts)
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML as people write it: 1e-6 is a number, which version 1.1 takes for text unless there is a dot and a sign."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
-
-
-def load_yaml(text: str) -> Any:
-    """Plain data of a YAML text.
-
-    >>> load_yaml("{eps: 1e-06, steps: 3, name: e6}")
-    {'eps': 1e-06, 'steps': 3, 'name': 'e6'}
-
-    Raises: yaml.YAMLError.
-    """
-    return yaml.load(text, Loader=_Loader)
-
-
 def read_study(path: str | Path) -> StudySettings:
     """Read a study file.
 
     Raises: BadInput naming the file, line or key, the value, and the nearest allowed name.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-        raw = load_yaml(text)
-    except FileNotFoundError as error:
-        raise BadInput(f"There is no study file {path}.") from error
-    except OSError as error:
-        raise BadInput(f"The study file {path} cannot be read: {error.strerror or error}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" line {mark.line + 1}" if mark else ""
-        raise BadInput(f"{path}{line} is not valid YAML: {getattr(error, 'problem', error)}.") from error
-    if not isinstance(raw, dict):
-        raise BadInput(f"{path} must be a mapping with the keys {', '.join(StudySettings.model_fields)}.")
+    raw, text = read_mapping(path, "study", StudySettings.model_fields)
     return make_settings(raw, str(path), text)
 
 
@@ -295,7 +257,7 @@ def _explain(item: Any, where: str, text: str | None) -> str:
     # a union tries both forms; its branch names are not keys the user wrote
     keys = [k for k in item["loc"] if k not in ("str", "Recipe", "function-before[_path_only(), DataSettings]")]
     key = ".".join(str(k) for k in keys)
-    line = _line_of(str(keys[-1]), text) if keys else ""
+    line = line_of(str(keys[-1]), text) if keys else ""
     if item["type"] == "extra_forbidden":
         known = _fields_at(keys[:-1])
         near = difflib.get_close_matches(str(keys[-1]), known, n=1)
@@ -309,6 +271,7 @@ def _fields_at(path: list[Any]) -> list[str]:
         "data": DataSettings,
         "protocol": Protocol,
         "measures": Measures,
+        "deploy": DeploySettings,
         "recipes": Recipe,
         "parts": PartUse,
         "objectives": Use,
@@ -319,10 +282,3 @@ def _fields_at(path: list[Any]) -> list[str]:
     names = [p for p in path if isinstance(p, str) and p in tables]
     model = tables[names[-1]] if names else StudySettings
     return [field.alias or name for name, field in model.model_fields.items()]
-
-
-def _line_of(key: str, text: str | None) -> str:
-    for number, line in enumerate((text or "").splitlines(), start=1):
-        if re.match(rf"\s*(- )?{re.escape(key)}\s*:", line):
-            return f" line {number}"
-    return ""

@@ -13,23 +13,22 @@ from urllib.parse import quote
 
 import numpy as np
 from fastapi import Depends, FastAPI, Query, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from fastapi.security import APIKeyHeader
-from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vitkit import __version__
 from vitkit.deploy.served import Served
-from vitkit.deploy.server import pages
 from vitkit.deploy.server.batching import Answer, Batcher
 from vitkit.deploy.server.heatmap import heat_png
 from vitkit.deploy.server.limits import Limits, Refused
 from vitkit.deploy.server.metrics import Metrics
 from vitkit.deploy.server.uploads import Held, Upload, look, read_uploads
-from vitkit.errors import BadInput, UnknownName, unknown
+from vitkit.errors import BadInput, unknown
+from vitkit.web import pages
+from vitkit.web.answers import HEADERS, explain_errors, failure
 
 logger = logging.getLogger("vitkit.server")
 
@@ -268,7 +267,7 @@ def make_app(
         """Counters and times in Prometheus' text format, of this process."""
         return Response(metrics.text(), headers={"Content-Type": metrics.content_type})
 
-    page = pages.index()
+    page = pages.read("vitkit.deploy.server")
 
     @app.get("/", include_in_schema=False)
     async def index() -> Response:
@@ -276,7 +275,7 @@ def make_app(
 
     @app.get("/docs", include_in_schema=False)
     async def docs() -> Response:
-        made = pages.documentation(app.openapi())
+        made = pages.documentation(app.openapi(), "Try it")
         return HTMLResponse(made.html, headers={"Content-Security-Policy": made.policy})
 
     return app
@@ -353,40 +352,16 @@ def _key_check(api_key: str) -> Any:
 
 
 def _explain_errors(app: FastAPI) -> None:
-    """One form for all errors: ``{"error": "a sentence"}``."""
-
-    def answer(status: int, message: str, headers: Any = None) -> JSONResponse:
-        return JSONResponse({"error": message}, status, headers)
+    """What only this server knows; the rest is :func:`vitkit.web.answers.explain_errors`."""
+    explain_errors(app)
 
     @app.exception_handler(Refused)
     async def refused(request: Request, error: Refused) -> Response:
-        return answer(error.status, error.message, error.headers)
-
-    @app.exception_handler(UnknownName)
-    async def no_such_name(request: Request, error: UnknownName) -> Response:
-        return answer(404, str(error))
-
-    @app.exception_handler(BadInput)
-    async def bad_input(request: Request, error: BadInput) -> Response:
-        return answer(422, str(error))
+        return failure(error.status, error.message, error.headers)
 
     @app.exception_handler(ClientDisconnect)
     async def gone(request: Request, error: ClientDisconnect) -> Response:
-        return answer(_GONE, "The client has gone.")
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
-        return answer(422, f"{first['loc'][-1]}: {first['msg']}.")
-
-    @app.exception_handler(HTTPException)
-    async def other(request: Request, error: HTTPException) -> Response:
-        path = request.url.path[:200]
-        said = {
-            404: f"There is nothing at {path}; /docs lists what is.",
-            405: f"{path} does not take {request.method}; /docs says what it takes.",
-        }
-        return answer(error.status_code, said.get(error.status_code, str(error.detail)), error.headers)
+        return failure(_GONE, "The client has gone.")
 
 
 class _Frame:
@@ -434,7 +409,7 @@ class _Frame:
             logger.exception("%s %s failed", scope["method"], scope["path"])
             if begun:
                 raise
-            answer = JSONResponse({"error": "The server failed; its log says more."}, 500)
+            answer = failure(500, "The server failed; its log says more.")
             await answer(scope, watched, framed)
         finally:
             route = scope.get("route")
@@ -456,11 +431,4 @@ async def _drain(receive: Receive, seconds: float) -> None:
 
 def _headers(given: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
     names = {name.lower() for name, _ in given}
-    always = [
-        (b"content-security-policy", pages.NOTHING.encode()),
-        (b"x-content-type-options", b"nosniff"),
-        (b"referrer-policy", b"no-referrer"),
-        (b"x-frame-options", b"DENY"),
-        (b"cache-control", b"no-store"),
-    ]
-    return [(name, value) for name, value in always if name not in names]
+    return [(name.encode(), value.encode()) for name, value in HEADERS.items() if name.lower().encode() not in names]

@@ -15,7 +15,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import uvicorn
 from fastapi import FastAPI
 
 from vitkit.data.decode import quiet
@@ -23,6 +22,7 @@ from vitkit.deploy.served import Served
 from vitkit.deploy.server.app import make_app
 from vitkit.deploy.server.batching import Batcher
 from vitkit.deploy.server.limits import Limits
+from vitkit.web import server as web
 
 #: a second signal sooner than this is the same wish: terminals and process managers send it to all processes
 _SAME_WISH_S = 1.0
@@ -59,7 +59,7 @@ def open_served(path: Path) -> Served:
     return TorchModel(path)
 
 
-class Server(uvicorn.Server):
+class Server(web.Server):
     """Stops in two steps: it takes no more requests, then, when all it took are answered, no more connections.
 
     Args:
@@ -68,25 +68,9 @@ class Server(uvicorn.Server):
     """
 
     def __init__(self, app: FastAPI, announcement: str = "") -> None:
-        super().__init__(
-            uvicorn.Config(
-                app,
-                log_level="warning",
-                access_log=False,
-                proxy_headers=False,
-                server_header=False,
-                ws="none",
-                timeout_graceful_shutdown=5,
-            )
-        )
+        super().__init__(app, announcement)
         self.batcher: Batcher = app.state.batcher
-        self.announcement = announcement
         self.asked_at = 0.0
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        if self.announcement:
-            print(self.announcement, flush=True)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """First signal: finish what was taken. Second: end now."""

@@ -1,4 +1,4 @@
-"""The page and the offline documentation: HTML with its own style and script, allowed by hash and nothing else."""
+"""Pages with their own style and script, allowed by hash and nothing else; and an API in words, made offline."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from html import escape
 from importlib.resources import files
 from typing import Any
 
-#: of every answer that is no page
+#: policy of every answer that is no page
 NOTHING = "default-src 'none'; frame-ancestors 'none'; base-uri 'none'"
+#: stands in a page's style for what all pages have
+BASE = "/* base.css */"
 
 _STYLE = """
 :root { color-scheme: light dark; }
@@ -30,13 +32,29 @@ class Page:
     policy: str
 
 
-def index() -> Page:
-    """The page at ``/``."""
-    return _page(files(__package__).joinpath("page.html").read_text(encoding="utf-8"))
+def read(package: str, name: str = "page.html") -> Page:
+    """A page that lies beside a package's modules."""
+    html = files(package).joinpath(name).read_text(encoding="utf-8")
+    return page(html.replace(BASE, files(__package__).joinpath("base.css").read_text(encoding="utf-8").strip()))
 
 
-def documentation(schema: dict[str, Any]) -> Page:
-    """A table of all routes from an OpenAPI schema; needs no script and nothing from elsewhere."""
+def page(html: str) -> Page:
+    """A page of complete HTML; only whole ``<script>`` and ``<style>`` elements without attributes will work."""
+    allowed = {tag: _hashes(html, tag) for tag in ("script", "style")}
+    policy = (
+        f"default-src 'none'; script-src {allowed['script']}; style-src {allowed['style']}; img-src blob: data:; "
+        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+    return Page(html, policy)
+
+
+def documentation(schema: dict[str, Any], home: str) -> Page:
+    """A table of all routes from an OpenAPI schema; needs no script and nothing from elsewhere.
+
+    Args:
+        schema: of the API.
+        home: words of the link to the page at ``/``.
+    """
     info = schema["info"]
     rows = []
     for path, operations in schema["paths"].items():
@@ -47,21 +65,12 @@ def documentation(schema: dict[str, Any]) -> Page:
                 + _table("Answer", [(s, r["description"]) for s, r in operation.get("responses", {}).items()])
             )
     title = f"{escape(info['title'])}: API"
-    return _page(
+    return page(
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
         f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style></head><body><main><h1>{title}</h1>'
         f"<p>{_text(info.get('description', ''))}</p>{''.join(rows)}"
-        '<p><a href="openapi.json">openapi.json</a> · <a href="./">Try it</a></p></main></body></html>'
+        f'<p><a href="openapi.json">openapi.json</a> · <a href="./">{escape(home)}</a></p></main></body></html>'
     )
-
-
-def _page(html: str) -> Page:
-    allowed = {tag: _hashes(html, tag) for tag in ("script", "style")}
-    policy = (
-        f"default-src 'none'; script-src {allowed['script']}; style-src {allowed['style']}; img-src blob: data:; "
-        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    )
-    return Page(html, policy)
 
 
 def _hashes(html: str, tag: str) -> str:
@@ -72,7 +81,8 @@ def _hashes(html: str, tag: str) -> str:
 
 def _parameter(parameter: dict[str, Any]) -> str:
     default = parameter.get("schema", {}).get("default")
-    shown = "" if default is None else f" (default {str(default).lower() if isinstance(default, bool) else default})"
+    text = str(default).lower() if isinstance(default, bool) else str(default)
+    shown = "" if default in (None, "") else f" (default {text})"
     return f"{parameter.get('description', '')}{shown}"
 
 
