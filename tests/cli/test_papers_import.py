@@ -41,6 +41,22 @@ def test_counts_and_the_catalogue(run, tmp_path):
     assert "0 new, 1 updated, 0 already known" in run(path).stdout
 
 
+def test_what_is_new_can_be_summarised_at_once(run, tmp_path, monkeypatch):
+    from vitkit.catalogue.summaries import extractive
+
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    monkeypatch.setattr(extractive, "write", lambda row: f"On {row.title}.")
+    path = tmp_path / "a.md"
+    row = "| **[One](http://arxiv.org/abs/9912.00001v1)** | 2025-01-01 | <details>Words.</details> | | |\n"
+    head = "| **Title** | **Date** | **Abstract** | **Comment** | **CodeRepository** |\n"
+    path.write_text(f"## Mine\n\n{head}| --- | --- | --- | --- | --- |\n{row}")
+    done = run(path, "--summarise")
+    assert done.exit_code == 0 and "1 summaries made." in done.stderr
+    with Library() as library:
+        assert library.find("9912.00001").summary == "On One."
+    assert "0 summaries made." in run(path, "--summarise").stderr
+
+
 def test_unreadable_rows_and_files_are_listed_and_the_rest_goes_in(run, tmp_path):
     path, page = tmp_path / "a.md", tmp_path / "page.md"
     path.write_text(DAY + GOOD + "| [red]no link[/red] | a | s |\n" + OWN + GOOD)

@@ -52,6 +52,26 @@ def test_a_digest_and_then_nothing_new(run, tmp_path):
     assert CliRunner().invoke(app, ["papers", "import", str(tmp_path / "new.md")]).exit_code == 0
 
 
+def test_summaries_stand_in_the_digest_and_in_the_library(run, arxiv, tmp_path, monkeypatch):
+    from vitkit.catalogue.library import Library
+    from vitkit.catalogue.summaries import NoSummary, extractive
+
+    def write(row):
+        if row.arxiv_id.endswith("2"):
+            raise NoSummary("nothing to say.")
+        return "It is 94% right."
+
+    monkeypatch.setattr(extractive, "write", write)
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    (tmp_path / "watch.yaml").write_text(YAML + "form: daily\n")
+    done = run("--summarise")
+    assert done.exit_code == 0 and "Not summarised: 9912.00002: nothing to say." in done.stdout
+    assert "It is 94% right. [not in the abstract: 94%]" in (tmp_path / "new.md").read_text().replace("\\", "")
+    with Library() as library:
+        assert library.find("9912.00001").summary == "It is 94% right. [not in the abstract: 94%]"
+        assert library.find("9912.00002").summary == ""
+
+
 def test_a_dry_run_asks_nothing(run, arxiv):
     done = run("--dry-run")
     assert done.stdout == "Pruning: all:pruning\nMerging: cat:cs.CV\n" and not arxiv.requests

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime, timedelta
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
@@ -25,6 +25,9 @@ from vitkit.catalogue.library import Library, Merged
 from vitkit.errors import BadInput, VitkitError
 from vitkit.files import write_text
 from vitkit.yaml_settings import Strict, line_of, read_mapping
+
+if TYPE_CHECKING:
+    from vitkit.catalogue.summaries import Writer
 
 _FORMAT = 1
 
@@ -113,11 +116,13 @@ class Watched:
         parts: one a section.
         out: the digest; None if nothing was to be written.
         merged: what became of the papers in the library; None if they do not go there.
+        unsummarised: of papers that should have got a summary and did not, the id and the reason.
     """
 
     parts: tuple[Part, ...]
     out: Path | None
     merged: Merged | None
+    unsummarised: tuple[str, ...] = ()
 
 
 @dataclass(kw_only=True)
@@ -152,6 +157,7 @@ def watch(
     feed: Feed,
     now: datetime,
     progress: Callable[[str, int, int], None] | None = None,
+    writer: Writer | None = None,
 ) -> Watched:
     """Fetch all sections and write their digest; a section that fails does not hold up the others.
 
@@ -162,6 +168,8 @@ def watch(
         file: that the settings were read from; the digest's path is relative to it.
         now: UTC.
         progress: called with a section, its papers that have arrived, and how many it has.
+        writer: of summaries of what is listed (:func:`vitkit.catalogue.summaries.summarise`); they stand in a digest of
+            the daily form, and in the library. A digest is written without those that it cannot give.
 
     Raises: BadInput if the state beside the file or the digest of the same day cannot be read; VitkitError if the
         digest or the library cannot be written.
@@ -207,7 +215,11 @@ def watch(
     if settings.import_ and found:
         with Library() as library:
             merged = library.merge(Digest(rows=tuple(found), source="arXiv"))
-    new = [_headed(row, settings.form, today) for part in parts for row in part.listed]
+    listed_now = [row for part in parts for row in part.listed]
+    reasons: list[str] = []
+    if writer is not None and listed_now:
+        listed_now = _summarised(listed_now, writer, merged is not None, reasons)
+    new = [_headed(row, settings.form, today) for row in listed_now]
     if new:
         text = write(_ordered(settings, today, [*new, *earlier]), settings.form)
         write_text(out, f"# {tidy(settings.title)}, {today}\n\n{text}")
@@ -216,7 +228,27 @@ def watch(
         state.written = today if new else state.written
         state.until = {query: moment for query, moment in state.until.items() if query in asked.values()}
         _write_state(state_file, state)
-    return Watched(parts=tuple(parts), out=out if new else None, merged=merged)
+    return Watched(parts=tuple(parts), out=out if new else None, merged=merged, unsummarised=tuple(reasons))
+
+
+def _summarised(rows: list[Row], writer: Writer, keep: bool, reasons: list[str]) -> list[Row]:
+    from vitkit.catalogue.summaries import summarise
+
+    made: dict[str, Row] = {}
+    try:
+        summarise(
+            rows,
+            writer,
+            keep=lambda row: made.update({row.arxiv_id: row}),
+            failed=lambda row, reason: reasons.append(f"{row.arxiv_id}: {reason}"),
+        )
+    except VitkitError as error:
+        reasons.append(str(error))
+    if keep:
+        with Library() as library:
+            for row in made.values():
+                library.set_summary(row.arxiv_id, row.summary)
+    return [made.get(row.arxiv_id, row) for row in rows]
 
 
 def _heading(name: str, form: str, today: str) -> str:

@@ -36,6 +36,9 @@ def papers_fetch(
     again: Annotated[
         bool, typer.Option("--again", help="Ask for what has arrived as well, e.g. for newer versions.")
     ] = False,
+    summarise: Annotated[
+        bool, typer.Option("--summarise", help="Then summarise what is new, as `vitkit papers summarise` does.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Fetch papers from arXiv into your library, the newest first, and say what was new.
@@ -48,8 +51,10 @@ def papers_fetch(
     from vitkit.catalogue import arxiv_feed
     from vitkit.catalogue.digests.row import tidy
     from vitkit.catalogue.fetches import Fetch, combine
+    from vitkit.catalogue.library import Library
     from vitkit.cli.console import print_json
     from vitkit.cli.papers_report import account, fetching_bar
+    from vitkit.cli.papers_summarise import summarise_merged
     from vitkit.cli.shell import EXIT_BUG, say
 
     now = datetime.now(UTC)
@@ -82,6 +87,9 @@ def papers_fetch(
             print_json({**account(merged, [], fetch.path), "query": asked, "complete": failure is None})
     elif parts or failure is None:
         _print(merged, asked, fetch.since, fetch.path)
+    if summarise and parts and not isinstance(failure, KeyboardInterrupt):
+        with Library() as library:
+            summarise_merged(library, merged)
     if failure is None:
         return
     if parts:

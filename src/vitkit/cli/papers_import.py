@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 
 def papers_import(
     files: Annotated[list[Path], typer.Argument(help="Digests: Markdown files with tables of papers.")],
+    summarise: Annotated[
+        bool, typer.Option("--summarise", help="Then summarise what is new, as `vitkit papers summarise` does.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Merge paper digests into your library, and say what was new and what could not be read.
@@ -25,6 +28,7 @@ def papers_import(
     from vitkit.catalogue.library import Library
     from vitkit.cli.console import print_json
     from vitkit.cli.papers_report import account, report
+    from vitkit.cli.papers_summarise import summarise_merged
 
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     # on stderr, which leaves the output to programs
@@ -49,6 +53,9 @@ def papers_import(
         print_json(account(merged, notes, path))
     else:
         report(merged, notes, path)
+    if summarise:
+        with Library() as library:
+            summarise_merged(library, merged)
 
 
 def _read(file: Path) -> Digest:

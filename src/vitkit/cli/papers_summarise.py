@@ -12,7 +12,7 @@ import typer
 
 if TYPE_CHECKING:
     from vitkit.catalogue.digests import Row
-    from vitkit.catalogue.library import Library
+    from vitkit.catalogue.library import Library, Merged
     from vitkit.catalogue.summaries import Writer
 
 _ADDRESS, _MODEL = "OPENAI_BASE_URL", "VITKIT_SUMMARY_MODEL"
@@ -128,6 +128,18 @@ def summarise_papers(library: Library, rows: Sequence[Row], writer: Writer, agai
     except KeyboardInterrupt:
         print(_kept(account, again), file=sys.stderr)
         raise
+    return account
+
+
+def summarise_merged(library: Library, merged: Merged) -> Account:
+    """Summarise what an import brought, by the endpoint in the environment or without one, and say so on stderr.
+
+    Raises: as :func:`choose_writer` and :func:`summarise_papers`; the import itself stays.
+    """
+    found = (library.find(arxiv_id) for arxiv_id in (*merged.new, *merged.updated))
+    account = summarise_papers(library, [row for row in found if row is not None], choose_writer(None, None))
+    failed = f", {len(account.failed)} papers got none: {account.failed[0][1]}" if account.failed else "."
+    print(f"{len(account.made)} summaries made{failed}", file=sys.stderr)
     return account
 
 

@@ -10,6 +10,9 @@ import typer
 
 def papers_watch(
     file: Annotated[Path, typer.Argument(help="A YAML file with title, out, form and sections.")],
+    summarise: Annotated[
+        bool, typer.Option("--summarise", help="Summarise the papers, as `vitkit papers summarise` does.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the queries and ask nothing.")] = False,
 ) -> None:
     """Write a digest of the papers that several queries find, each query under its heading.
@@ -25,6 +28,7 @@ def papers_watch(
     from vitkit.catalogue.watch import queries, read_watch, watch
     from vitkit.cli.console import console, table
     from vitkit.cli.papers_report import count, counts, fetching_bar
+    from vitkit.cli.papers_summarise import choose_writer
     from vitkit.cli.shell import EXIT_BUG, say
 
     settings = read_watch(file)
@@ -32,6 +36,7 @@ def papers_watch(
         for name, query in queries(settings).items():
             print(f"{name}: {query}")
         return
+    writer = choose_writer(None, None) if summarise else None
     feed = arxiv_feed.Feed(delay_seconds=arxiv_feed.DELAY_SECONDS)
     with fetching_bar() as bar:
         task = bar.add_task("asking arXiv", total=None)
@@ -41,6 +46,7 @@ def papers_watch(
             feed,
             datetime.now(UTC),
             lambda name, done, total: bar.update(task, description=name, completed=done, total=total),
+            writer=writer,
         )
     failed = [part for part in watched.parts if part.error]
     if len(failed) < len(watched.parts):
@@ -55,6 +61,8 @@ def papers_watch(
             out.print("\nNothing new.")
         else:
             out.print(Text(f"\n{count(number, 'paper')} written to {watched.out}."), soft_wrap=True)
+        for reason in watched.unsummarised:
+            out.print(f"Not summarised: {reason}", markup=False)
         if watched.merged is not None:
             out.print(f"Library: {counts(watched.merged)}")
     if not failed:
