@@ -16,6 +16,7 @@ from vitkit.cli import app
 @pytest.fixture(autouse=True)
 def _home(tmp_path, monkeypatch):
     monkeypatch.setenv("VITKIT_HOME", str(tmp_path))
+    monkeypatch.setenv("VITKIT_CACHE", str(tmp_path / "cache"))
     rows = (
         Row(
             arxiv_id="9901.00001", title="Pruning tokens for segmentation", abstract="Fewer tokens.", date="1999-01-02"
@@ -51,7 +52,7 @@ def test_any_text_is_a_query(query):
     assert "No paper matches" in search("zzzzqqq")
 
 
-def test_vectors_find_what_is_said_in_other_words(monkeypatch, tmp_path):
+def test_vectors_find_what_is_said_in_other_words(monkeypatch):
     from vitkit.catalogue import meaning
     from vitkit.catalogue.joined import papers
 
@@ -61,7 +62,6 @@ def test_vectors_find_what_is_said_in_other_words(monkeypatch, tmp_path):
         def encode(self, texts, **options):
             return np.array([[1.0, 0.0] if "hedge" in t or "gardening" in t else [0.0, 1.0] for t in texts])
 
-    monkeypatch.setenv("VITKIT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(meaning, "_load", lambda model: Topic())
     assert not json.loads(search("gardening", "--json"))
     done = CliRunner().invoke(app, ["papers", "embed", "--model", "topics"])

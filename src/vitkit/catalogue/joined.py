@@ -11,6 +11,9 @@ from vitkit.catalogue.library import Library
 from vitkit.catalogue.meaning import Vectors, fuse
 from vitkit.catalogue.reader import Entry, load, methods
 
+#: papers of each order that are joined with another one
+_DEEP = 100
+
 
 @dataclass(frozen=True, kw_only=True)
 class Paper:
@@ -102,6 +105,8 @@ def search(
         return []
     bare = re.sub(r"^arxiv:\s*|(?<=\d)v\d+$", "", wanted)
     called = [k for k, p in known.items() if bare == k.casefold() or (p.entry and wanted == p.entry.name)]
+    # places far down still count where two orders are joined
+    limit = limit if vectors is None else max(limit, _DEEP)
     orders = [list(dict.fromkeys(hit.row.arxiv_id for index in indexes for hit in index.search(query, limit)))]
     if vectors is not None:
         texts = {key: meaning_of(paper) for key, paper in known.items()}

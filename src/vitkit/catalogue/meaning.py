@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from logging import WARNING, disable, root
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -142,15 +144,29 @@ def _read(path: Path) -> tuple[str | None, dict[bytes, np.ndarray]]:
 
 
 def _load(model: str) -> Any:
+    with _silent():
+        try:
+            from sentence_transformers import SentenceTransformer
+            from transformers.utils import logging
+        except ImportError as error:
+            raise MissingExtra("Search by meaning", "sentence-transformers", "embeddings") from error
+        logging.disable_progress_bar()
+        try:
+            return SentenceTransformer(model, device="cpu", model_kwargs={"use_safetensors": True})
+        except Exception as error:
+            # the hub, the file system and the model's own code each have their errors
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise BadInput(
+                f"The sentence encoder {model!r} cannot be loaded: {reason} Give --model a folder that holds one."
+            ) from error
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Loading warns of what nobody here can change; failures are raised all the same."""
+    before = root.manager.disable
+    disable(WARNING)
     try:
-        from sentence_transformers import SentenceTransformer
-    except ImportError as error:
-        raise MissingExtra("Search by meaning", "sentence-transformers", "embeddings") from error
-    try:
-        return SentenceTransformer(model, device="cpu", model_kwargs={"use_safetensors": True})
-    except Exception as error:
-        # the hub, the file system and the model's own code each have their errors
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise BadInput(
-            f"The sentence encoder {model!r} cannot be loaded: {reason} Give --model a folder that holds one."
-        ) from error
+        yield
+    finally:
+        disable(before)
