@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +37,24 @@ SLOTS = {
     "block": "Whole blocks",
     "readout": "Read-outs and heads",
 }
+#: what a reader who wonders about the far ends of the table should know
+REASONS = """\
+## Likely reasons
+
+- What gains most has convolutions or weights tied to places (`iia`, `ninformer`, `decomposed-conv`, `dcformer-block`,
+  `interactive-ffn`, `global-filter`): what is near need not be found out, for which 700 steps are few.
+  Rotary positions and LOOPE's order may gain for the same reason.
+- `mdcm` adds losses to that of the labels and masks in one stage what another has used. It is made for a pretrained
+  hierarchical network; from scratch they may get in the way.
+- `sparse-pixels` makes a token of each of the few pixels it picks, and first has to learn which.
+- `neurn` keeps local contrast and drops intensity and colour, for the sake of images from elsewhere, which are not in
+  this comparison: it costs little on Fashion-MNIST and much on CIFAR-10.
+- `charm` and `row-stripes` work with fewer tokens, as their FLOPs show.
+- `additive-attention` and `hypergraph` put cheaper summaries in place of all-to-all attention; the matrices
+  of `qr` are doubly stochastic by the square of an orthogonal one, and their gradients are clipped.
+- `conv-share-mlp` writes a linear layer as a convolution: in exact arithmetic it is the plain ViT.
+- `stga` attends across times; on single images it is plain attention.
+"""
 GAIN, LOSS, OPEN = "#0b6e4f", "#b23a48", "#8a8a8a"
 _MARKERS = "os^Dv"
 
@@ -58,9 +75,16 @@ def main() -> None:
     for name, folders in studies.items():
         for folder, file in zip(folders, _files(name, len(folders))):
             if folder.is_dir():
-                shutil.copyfile(folder / "report.html", options.out / f"{file}.html")
-                shutil.copyfile(folder / "results.csv", options.out / f"{file}.csv")
-                write_text(options.out / f"{file}.json", json.dumps(_read(folder), ensure_ascii=False) + "\n")
+                results = _read(folder)
+                where = results["settings"]["study"]["data"]["path"]
+                written = {
+                    "html": (folder / "report.html").read_text(encoding="utf-8"),
+                    "csv": (folder / "results.csv").read_text(encoding="utf-8"),
+                    "json": json.dumps(results, ensure_ascii=False) + "\n",
+                }
+                for ending, text in written.items():
+                    # the name of the data, not where they lie on one machine
+                    write_text(options.out / f"{file}.{ending}", text.replace(where, Path(where).name))
     write_text(options.out / "index.md", page(found, controls, {name: len(f) for name, f in studies.items()}))
 
 
@@ -96,7 +120,7 @@ def page(found: dict[str, dict[str, Any]], controls: dict[str, dict[str, Any]], 
     for slot, names in _by_slot(found).items():
         out += [f"## {SLOTS[slot]}", "", _line(head), _line(["---", *["--:"] * (len(head) - 1)])]
         out += [_line(_cells(name, found)) for name in names] + [""]
-    return "\n".join([*out, *_whole(found, counts), ""])
+    return "\n".join([*out, REASONS, *_whole(found, counts), ""])
 
 
 def _lead(found: dict[str, dict[str, Any]]) -> list[str]:
@@ -159,7 +183,7 @@ def _reading(found: dict[str, dict[str, Any]], controls: dict[str, dict[str, Any
         "Points are differences of test accuracy to the plain ViT in percent, with 95 % intervals over test images "
         "and seeds; **bold** is significant after Holm's correction over all parts of the study. With three seeds the "
         "spread between seeds is itself poorly known. Costs are ratios to the plain ViT: parameters and FLOPs are "
-        "counted, times are those of eager PyTorch on two CPU cores, the models taking turns; a part with a fused "
+        "counted, times are those of eager PyTorch on one CPU thread, the models taking turns; a part with a fused "
         "kernel elsewhere may look slow here.",
         "",
         "What this does and does not say: it shows how fast parts learn from scratch in a small, equal number of "
@@ -181,7 +205,9 @@ def _cells(name: str, found: dict[str, dict[str, Any]]) -> list[str]:
             points.append("failed" if row else "not run")
             continue
         v = row["versus_baseline"]
-        said = f"{_points(v['difference'])} [{_points(v['low'])}, {_points(v['high'])}]"
+        # there is no interval where all answers are the same
+        ends = f" [{_points(v['low'])}, {_points(v['high'])}]" if v["low"] is not None else ", the same answers"
+        said = _points(v["difference"]) + ends
         points.append(f"**{said}**" if v["significant"] else said)
     kept = [row for row in rows if row is not None and row["status"] == "ok"]
     costs = [
@@ -214,10 +240,9 @@ def draw(found: dict[str, dict[str, Any]], path: Path) -> None:
                 continue
             v = row["versus_baseline"]
             colour = OPEN if not v["significant"] else GAIN if v["difference"] > 0 else LOSS
-            low, high = 100 * (v["difference"] - v["low"]), 100 * (v["high"] - v["difference"])
-            axes.errorbar(
-                100 * v["difference"], at, xerr=[[max(0, low)], [max(0, high)]], fmt="o", ms=4, lw=1.2, color=colour
-            )
+            ends = (v["difference"] - v["low"], v["high"] - v["difference"]) if v["low"] is not None else (0, 0)
+            low, high = (100 * max(0.0, end) for end in ends)
+            axes.errorbar(100 * v["difference"], at, xerr=[[low], [high]], fmt="o", ms=4, lw=1.2, color=colour)
         axes.axvline(0, color="#444444", lw=0.8)
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("points over the plain ViT", fontsize=9)
