@@ -73,7 +73,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     draw(found, options.out / "parts.svg")
     for name, folders in studies.items():
-        for folder, file in zip(folders, _files(name, len(folders))):
+        for folder, file in zip(folders, _files(name, folders)):
             if folder.is_dir():
                 results = _read(folder)
                 where = results["settings"]["study"]["data"]["path"]
@@ -85,7 +85,7 @@ def main() -> None:
                 for ending, text in written.items():
                     # the name of the data, not where they lie on one machine
                     write_text(options.out / f"{file}.{ending}", text.replace(where, Path(where).name))
-    write_text(options.out / "index.md", page(found, controls, {name: len(f) for name, f in studies.items()}))
+    write_text(options.out / "index.md", page(found, controls, studies))
 
 
 def _read(study: Path) -> dict[str, Any]:
@@ -103,7 +103,7 @@ def joined(parts: list[dict[str, Any]]) -> dict[str, Any]:
     first = parts[0]
     for other in parts[1:]:
         for key in ("data", "protocol", "base"):
-            if other["settings"]["study"][key] != first["settings"]["study"][key]:
+            if _setting(other, key) != _setting(first, key):
                 raise BadInput(f"{first['name']} and {other['name']} differ in {key} and cannot be one study.")
         known = {r["name"] for r in first["recipes"]}
         first["recipes"] += [r for r in other["recipes"] if r["name"] not in known]
@@ -113,14 +113,20 @@ def joined(parts: list[dict[str, Any]]) -> dict[str, Any]:
     return first
 
 
-def page(found: dict[str, dict[str, Any]], controls: dict[str, dict[str, Any]], counts: dict[str, int]) -> str:
-    """The Markdown of the page; ``counts``: how many studies each data set has."""
+def _setting(results: dict[str, Any], key: str) -> Any:
+    found = results["settings"]["study"][key]
+    # a published study names its data without their folder
+    return {**found, "path": Path(found["path"]).name} if key == "data" else found
+
+
+def page(found: dict[str, dict[str, Any]], controls: dict[str, dict[str, Any]], studies: dict[str, list[Path]]) -> str:
+    """The Markdown of the page; ``studies``: where they were read from."""
     out = ["# Parts side by side", "", *_lead(found), "", "![](parts.svg)", "", *_reading(found, controls), ""]
     head = ["part", *(f"{name}, points" for name in found), "parameters", "FLOPs", "1 image", "32 images"]
     for slot, names in _by_slot(found).items():
         out += [f"## {SLOTS[slot]}", "", _line(head), _line(["---", *["--:"] * (len(head) - 1)])]
         out += [_line(_cells(name, found)) for name in names] + [""]
-    return "\n".join([*out, REASONS, *_whole(found, counts), ""])
+    return "\n".join([*out, REASONS, *_whole(found, studies), ""])
 
 
 def _lead(found: dict[str, dict[str, Any]]) -> list[str]:
@@ -305,18 +311,20 @@ def _slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def _files(name: str, count: int) -> list[str]:
-    """Names of the files of a data set's studies, without their endings."""
-    return [_slug(name) + (f"-{i + 1}" if count > 1 else "") for i in range(count)]
+def _files(name: str, studies: list[Path]) -> list[str]:
+    """Names of the files of a data set's studies, without their endings; what was written before keeps its name."""
+    return [
+        (_slug(name) + (f"-{i + 1}" if i else "")) if study.is_dir() else study.stem for i, study in enumerate(studies)
+    ]
 
 
-def _whole(found: dict[str, dict[str, Any]], counts: dict[str, int]) -> list[str]:
+def _whole(found: dict[str, dict[str, Any]], studies: dict[str, list[Path]]) -> list[str]:
     first = next(iter(found.values()))
     versions = ", ".join(f"{k} {first['versions'][k]}" for k in ("vitkit", "torch", "timm"))
     links = "; ".join(
         f"{name}: {{download}}`report <{file}.html>`, {{download}}`table <{file}.csv>`"
         for name in found
-        for file in _files(name, counts[name])
+        for file in _files(name, studies[name])
     )
     return ["## Whole reports", "", f"{links}. Made with {versions}."]
 
