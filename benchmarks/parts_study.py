@@ -133,27 +133,26 @@ def _lead(found: dict[str, dict[str, Any]]) -> list[str]:
     first = next(iter(found.values()))
     protocol, plain = first["settings"]["study"]["protocol"], _plain(first)
     count = sum(len(names) for names in _by_slot(found).values())
-    data = " and ".join(
-        f"{name} ({sum(r['data']['counts']['train'].values()):,} training, "
-        f"{sum(r['data']['counts']['test'].values()):,} test images)"
-        for name, r in found.items()
-    )
-    steps = {
-        protocol["epochs"] * -(-sum(r["data"]["counts"]["train"].values()) // protocol["batch_size"])
-        for r in found.values()
-    }
+    data = " and ".join(_facts(name, results) for name, results in found.items())
     costs = plain["costs"]
     base = first["settings"]["study"]["base"]
     scores = " and ".join(
         f"{100 * _plain(r)['measures']['accuracy']['value']:.1f} % on {name}" for name, r in found.items()
     )
-    steps_said = " or ".join(map(str, sorted(steps)))
     return [
         f"{count} parts of vitkit, each alone in the same small ViT (`{base}`, {costs['params']['value'] / 1e6:.2f} M "
-        f"parameters), each trained from scratch {protocol['seeds']} times for {steps_said} steps of "
-        f"{protocol['batch_size']} images on {data}, with the same images, seeds, learning rate and schedule. The "
+        f"parameters), trained from scratch {protocol['seeds']} times with batches of {protocol['batch_size']} on {data}, "
+        "all with the same images, number of steps, seeds, learning rate and schedule. The "
         f"plain ViT reaches {scores}.",
     ]
+
+
+def _facts(name: str, results: dict[str, Any]) -> str:
+    protocol, counts = results["settings"]["study"]["protocol"], results["data"]["counts"]
+    train, test = (sum(counts[split].values()) for split in ("train", "test"))
+    steps = protocol["epochs"] * -(-train // protocol["batch_size"])
+    parts = sum(not r["baseline"] for r in results["recipes"])
+    return f"{name} ({parts} parts, {steps} steps, {train:,} training and {test:,} test images)"
 
 
 def _reading(found: dict[str, dict[str, Any]], controls: dict[str, dict[str, Any]]) -> list[str]:
