@@ -141,8 +141,8 @@ def _lead(found: dict[str, dict[str, Any]]) -> list[str]:
     )
     return [
         f"{count} parts of vitkit, each alone in the same small ViT (`{base}`, {costs['params']['value'] / 1e6:.2f} M "
-        f"parameters), trained from scratch {protocol['seeds']} times with batches of {protocol['batch_size']} on {data}, "
-        "all with the same images, number of steps, seeds, learning rate and schedule. The "
+        f"parameters), trained from scratch {protocol['seeds']} times with batches of {protocol['batch_size']} on "
+        f"{data}, all with the same images, number of steps, seeds, learning rate and schedule. The "
         f"plain ViT reaches {scores}.",
     ]
 
