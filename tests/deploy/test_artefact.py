@@ -12,6 +12,8 @@ from PIL import Image
 
 from vitkit.deploy import deploy, load
 from vitkit.deploy.artefact import answer, run_in_batches
+from vitkit.deploy.engines import engine as module_of
+from vitkit.deploy.pixels import FromPixels
 from vitkit.errors import BadInput
 from vitkit.models.io import ModelConfig
 
@@ -111,3 +113,37 @@ def test_answers_of_other_tasks():
     assert answer(np.array([1.5]), ("kg",), "regress") == {"value": [1.5]}
     found = answer(np.array([0.9, 0.2, 0.6]), ("a", "b", "c"), "multilabel")
     assert found["label"] == ["a", "c"]
+
+
+@pytest.mark.parametrize(
+    ("engine", "precision"),
+    [("openvino", "f32"), ("openvino", "int8"), *(("onnxruntime", p) for p in ("f32", "int8-static", "int4-weights"))],
+)
+def test_with_resizing_baked_in_it_takes_pixels_of_any_size(engine, precision, model, images, tmp_path):
+    if module_of(engine).unavailable() or precision not in module_of(engine).precisions():
+        pytest.skip(f"{engine} {precision} is not here")
+    config = ModelConfig(base="x", image_size=(8, 8), in_chans=1, classes=tuple("abcdefghij"))
+    options = {"engines": [engine], "precisions": [precision], "config": config, "budget": 20, "max_drop": 50}
+    images = np.rint(images * 255).astype(np.float32) / 255
+    plain = deploy(model, images, out=tmp_path / "plain", **options).load()
+    baked = deploy(model, images, out=tmp_path / "baked", bake=True, **options).load()
+    spread = plain.run(images).std()
+    # quantized activations may round the other way
+    near = 1e-4 if precision == "f32" else 0.05
+    np.testing.assert_allclose(baked.run(images), plain.run(images), atol=near * spread)
+    pixels = np.random.default_rng(2).integers(0, 256, (3, 29, 21, 1), dtype=np.uint8)
+    prepared = FromPixels((8, 8))(torch.from_numpy(pixels)).numpy()
+    np.testing.assert_allclose(baked.run_pixels(pixels), plain.run(prepared), atol=near * spread)
+    assert baked.manifest.takes == "pixels" and baked.manifest.evidence["baked"]["drop"] <= 50
+    with pytest.raises(BadInput, match="--bake"):
+        plain.run_pixels(pixels)
+    with pytest.raises(BadInput, match=r"\(B, H, W, 1\) and type uint8"):
+        baked.run_pixels(pixels.astype(np.float32))
+
+
+def test_bad_baking(model, images, tmp_path):
+    wide = ModelConfig(base="x", image_size=(8, 8), in_chans=1, wide=True)
+    with pytest.raises(BadInput, match="8-bit"):
+        deploy(model, images, out=tmp_path / "a", bake=True, config=wide)
+    with pytest.raises(BadInput, match="cannot take the preparation"):
+        deploy(model, images, out=tmp_path / "a", bake=True, engines=["torch-eager"])

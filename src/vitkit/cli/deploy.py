@@ -25,6 +25,10 @@ def deploy(
     engines: Annotated[str | None, typer.Option(help="Only these, with commas; list shows them.")] = None,
     precisions: Annotated[str | None, typer.Option(help="Only these, with commas, e.g. f32,bf16.")] = None,
     merge: Annotated[str, typer.Option(help="Shares of patch tokens to merge away, e.g. 0.2,0.4.")] = "",
+    bake: Annotated[
+        bool,
+        typer.Option("--bake", help="Put resizing into the engine's file, which then takes pixels of any size."),
+    ] = False,
     limit: Annotated[int, typer.Option(min=8, help="Most images to compare on.")] = 1000,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
@@ -74,6 +78,7 @@ def deploy(
             engines=_names(engines),
             precisions=_names(precisions),
             merge=shares,
+            bake=bake,
             config=config,
             name=folder.name,
             progress=progress,

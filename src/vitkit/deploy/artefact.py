@@ -49,7 +49,27 @@ class Artefact:
         wanted = (self.manifest.in_chans, *self.manifest.image_size)
         if images.ndim != 4 or images.shape[1:] != wanted or not len(images):
             raise BadInput(f"{self.name} takes images of shape (B, {', '.join(map(str, wanted))}); got {images.shape}.")
+        if self.manifest.takes == "pixels":
+            images = to_pixels(images)
         return run_in_batches(self.runner, images, self.manifest.batch_sizes)
+
+    def run_pixels(self, pixels: np.ndarray) -> np.ndarray:
+        """Images as decoded, (B, H, W, C) uint8 of any height and width → logits (B, K).
+
+        The engine cuts out the largest centred region of the model's shape and resizes it.
+
+        Raises: BadInput if the pixels have another type or number of channels, or the model was deployed without
+            ``bake``.
+        """
+        m = self.manifest
+        if m.takes != "pixels":
+            raise BadInput(f"{self.name} takes prepared images; deploy it with --bake to have its engine prepare them.")
+        if pixels.ndim != 4 or pixels.dtype != np.uint8 or pixels.shape[3] != m.in_chans or not pixels.size:
+            raise BadInput(
+                f"{self.name} takes pixels of shape (B, H, W, {m.in_chans}) and type uint8; got {pixels.shape} of "
+                f"{pixels.dtype}."
+            )
+        return run_in_batches(self.runner, np.ascontiguousarray(pixels), m.batch_sizes)
 
     def probabilities(self, logits: np.ndarray) -> np.ndarray:
         """Calibrated probabilities of logits; values of a regression stay as they are."""
@@ -106,6 +126,11 @@ def load(folder: str | Path, verify: bool = True) -> Artefact:
         raise BadInput(f"{folder} runs in {manifest.engine}: {missing}")
     runner = module.load(Path(folder), manifest.precision, Setting(**manifest.setting))
     return Artefact(manifest, runner)
+
+
+def to_pixels(images: np.ndarray) -> np.ndarray:
+    """Images (B, C, H, W) in [0, 1] → 8-bit pixels (B, H, W, C), the very ones they were read from."""
+    return np.ascontiguousarray(np.rint(images * 255).clip(0, 255).astype(np.uint8).transpose(0, 2, 3, 1))
 
 
 def run_in_batches(runner: Runner, images: np.ndarray, batch_sizes: str | int) -> np.ndarray:

@@ -32,6 +32,8 @@ class Manifest:
         wide, value_range: how pixels of unusual formats are read, as in
             :class:`vitkit.models.io.ModelConfig`.
         batch_sizes: "any", or the one number of images the engine takes at a time.
+        takes: what the engine is given: "images", (B, C, H, W) float32 in [0, 1] of ``image_size``, or "pixels",
+            (B, H, W, C) uint8 of any size, which it cuts and resizes itself.
         task: "classify", "multilabel" or "regress".
         labels: names of the outputs.
         temperature: logits are divided by it before they become probabilities; 1 leaves them as they are.
@@ -52,6 +54,7 @@ class Manifest:
     wide: bool = False
     value_range: tuple[float, float] | None = None
     batch_sizes: str | int = "any"
+    takes: str = "images"
     task: str = "classify"
     labels: tuple[str, ...] = ()
     temperature: float = 1.0

@@ -3,21 +3,29 @@
 PyTorch's form (:mod:`vitkit.compress.merge.matching`) adds rows by index, which engines convert badly or run one by
 one. Here the rows of A move by one product with a matrix of zeros and ones, which costs a few percent of a block, and
 nothing is noted that only an explanation would read (where each patch went).
+
+A graph has one number of rows in each place. Where images keep as many tokens as they need (DyMU), it has room for the
+most that any calibration image kept, and the rest is padding; an image that would keep still more merges its most
+similar pairs until it fits.
 """
 
 from __future__ import annotations
 
 from copy import deepcopy
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitkit.anatomy.host import find_host
+from vitkit.compress.merge.dymu import MergeAbove, above, edges
 from vitkit.compress.merge.matching import without_size_bias
 from vitkit.compress.merge.tome import MergeTokens
 from vitkit.errors import BadInput
 from vitkit.models.layout import TokenLayout
+
+_PYTORCH_ONLY = "merged tokens of a model with rotary positions or padding run in PyTorch only."
 
 
 class DenseMerge(nn.Module):
@@ -38,7 +46,7 @@ class DenseMerge(nn.Module):
 
     def forward(self, x: Tensor, keys: Tensor, layout: TokenLayout) -> tuple[Tensor, TokenLayout]:
         if layout.rotation is not None or layout.valid is not None:
-            raise BadInput("merged tokens of a model with rotary positions or padding run in PyTorch only.")
+            raise BadInput(_PYTORCH_ONLY)
         num_prefix = layout.num_prefix
         prefix, patches = x[:, :num_prefix], x[:, num_prefix:]
         num_merges = min(self.num_merges, patches.shape[1] // 2)
@@ -50,11 +58,8 @@ class DenseMerge(nn.Module):
         num_a, stay = rows_a.shape[1], num_kept - rows_b.shape[1]
         unit = F.normalize(keys[:, :, num_prefix:].mean(1), dim=-1)
         score, partner = (unit[:, first::2] @ unit[:, 1 - first :: 2].mT).max(-1)
-        # the place of every edge in the order of their scores, counted: engines sort slowly
+        merged = ranks(score) < num_merges
         places = torch.arange(num_kept, device=x.device)
-        higher = score[:, None, :] > score[:, :, None]
-        tied = (score[:, None, :] == score[:, :, None]) & (places[:num_a] < places[:num_a, None])
-        merged = (higher | tied).sum(-1) < num_merges
         to_a = torch.where(merged, partner + stay, places[:num_a] - merged.to(torch.int64).cumsum(1))
         weight = (to_a[:, None, :] == places[:, None]).to(x.dtype)
         size_b = x.new_ones(1, 1).expand(x.shape[0], rows_b.shape[1])
@@ -70,16 +75,107 @@ class DenseMerge(nn.Module):
         return tokens, layout if self.proportional else without_size_bias(layout)
 
 
-def dense_merges(model: nn.Module) -> nn.Module:
-    """A copy of a model whose token mergers are :class:`DenseMerge`; the model itself if it has none to replace."""
+class DenseMergeAbove(nn.Module):
+    """What :class:`vitkit.compress.merge.dymu.MergeAbove` computes, with a fixed number of rows.
+
+    Args:
+        merger: whose threshold and limit hold.
+        room: patch rows of the result. An image that would keep more merges its best further edges; one that keeps
+            fewer is padded at the tail.
+
+    Shape: (B, P+N, D), keys (B, H, P+N, d), layout → (B, P+room, D), layout.
+    Raises: BadInput where positions follow the notes that are left out here.
+    """
+
+    threshold: Tensor
+
+    def __init__(self, merger: MergeAbove, room: int) -> None:
+        super().__init__()
+        self.register_buffer("threshold", merger.threshold.clone())
+        self.max_merges, self.proportional, self.room = merger.max_merges, merger.proportional, room
+
+    def forward(self, x: Tensor, keys: Tensor, layout: TokenLayout) -> tuple[Tensor, TokenLayout]:
+        if layout.rotation is not None:
+            raise BadInput(_PYTORCH_ONLY)
+        num_prefix = layout.num_prefix
+        if x.shape[1] - num_prefix < 2:
+            return x, layout
+        prefix, patches = x[:, :num_prefix], x[:, num_prefix:]
+        first = num_prefix % 2
+        valid = patches.new_ones(patches.shape[:2], dtype=torch.bool) if layout.valid is None else layout.valid
+        score, partner = edges(keys, layout)
+        merged, rank = above(score, self.threshold), ranks(score)
+        if self.max_merges is not None:
+            merged = merged & (rank < self.max_merges)
+        too_many = valid.sum(1, keepdim=True) - self.room
+        merged = merged | ((rank < too_many) & (score >= -1))
+        stays_a, stays_b = valid[:, first::2] & ~merged, valid[:, 1 - first :: 2]
+        place = torch.cat([stays_a, stays_b], 1).to(torch.int64).cumsum(1) - 1
+        to_a, to_b = place[:, : score.shape[1]], place[:, score.shape[1] :]
+        to_a = torch.where(merged, to_b.gather(1, partner), to_a.masked_fill(~stays_a, -1))
+        into = torch.cat([to_a, to_b.masked_fill(~stays_b, -1)], 1)
+        rows = torch.cat([patches[:, first::2], patches[:, 1 - first :: 2]], 1)
+        places = torch.arange(self.room, device=x.device)
+        weight = (into[:, None, :] == places[:, None]).to(x.dtype)
+        if layout.sizes is not None:
+            size = torch.cat([layout.sizes[:, first::2], layout.sizes[:, 1 - first :: 2]], 1)
+            weight = weight * size[:, None].to(x.dtype)
+        sizes = weight.sum(-1)
+        # rows of size 0 are padding and stay 0
+        tokens = torch.cat([prefix, (weight / sizes.clamp(min=1e-6).unsqueeze(-1)) @ rows], 1)
+        layout = layout.replace(sizes=sizes, valid=places < place[:, -1:] + 1)
+        return tokens, layout if self.proportional else without_size_bias(layout)
+
+
+def ranks(score: Tensor) -> Tensor:
+    """Place of every score (B, A) among those of its image, 0 for the highest, the earlier row where they tie.
+
+    Counted, as engines sort slowly.
+    """
+    places = torch.arange(score.shape[1], device=score.device)
+    higher = score[:, None, :] > score[:, :, None]
+    tied = (score[:, None, :] == score[:, :, None]) & (places < places[:, None])
+    return (higher | tied).sum(-1)
+
+
+def dense_merges(model: nn.Module, calibration: np.ndarray) -> nn.Module:
+    """A copy of a model whose token mergers are dense; the model itself if it has none to replace.
+
+    Args:
+        model: in eval mode.
+        calibration: images (N, C, H, W) that tell how much room dynamic merging needs.
+    """
     vit = find_host(model)
-    if vit is None or not any(isinstance(b.reduce, MergeTokens) for b in vit.blocks if hasattr(b, "reduce")):
+    if vit is None or not any(isinstance(getattr(b, "reduce", None), MergeTokens | MergeAbove) for b in vit.blocks):
         return model
     new = deepcopy(model)
     copy = find_host(new)
     assert copy is not None
-    for block in copy.blocks:
+    room = _room(new, copy.blocks, calibration)
+    for i, block in enumerate(copy.blocks):
         merger = getattr(block, "reduce", None)
         if isinstance(merger, MergeTokens):
             block.reduce = DenseMerge(merger.num_merges, merger.proportional)
+        elif isinstance(merger, MergeAbove):
+            block.reduce = DenseMergeAbove(merger, room[i])
     return new
+
+
+@torch.no_grad()
+def _room(model: nn.Module, blocks: nn.ModuleList, calibration: np.ndarray) -> dict[int, int]:
+    """Most patch rows of an image after each block that merges dynamically."""
+    room: dict[int, int] = {}
+    handles = []
+    for i, block in enumerate(blocks):
+        if isinstance(getattr(block, "reduce", None), MergeAbove):
+
+            def note(_: nn.Module, __: object, out: tuple[Tensor, TokenLayout], i: int = i) -> None:
+                room[i] = max(room.get(i, 1), out[0].shape[1] - out[1].num_prefix)
+
+            handles.append(block.reduce.register_forward_hook(note))
+    if handles:
+        for part in np.split(calibration, range(32, len(calibration), 32)):
+            model(torch.from_numpy(part).to(next(model.parameters()).dtype))
+    for handle in handles:
+        handle.remove()
+    return room

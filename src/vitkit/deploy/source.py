@@ -94,7 +94,7 @@ class Source:
     def program(self, precision: str = "f32") -> torch.export.ExportedProgram:
         """The exported program; with "bf16" matrix products are computed in bfloat16."""
         if precision not in self._programs:
-            network = dense_merges(self.model)
+            network = dense_merges(self.model, self.calibration)
             self._programs[precision] = self.export(network if precision == "f32" else _Autocast(network))
         return self._programs[precision]
 
@@ -107,19 +107,7 @@ class Source:
         if not path.exists():
             program = self.program()
             try:
-                with quiet():
-                    torch.onnx.export(
-                        program,
-                        (),
-                        str(path),
-                        dynamo=True,
-                        input_names=["images"],
-                        output_names=["logits"],
-                        external_data=False,
-                        verbose=False,
-                        custom_translation_table=onnx_translations(),
-                    )
-                _forget_shapes(path)
+                write_onnx(program, path, "images", "logits")
             except Exception as error:
                 path.unlink(missing_ok=True)
                 raise BadInput(f"the model has no ONNX form: {_reason(error)}") from error
@@ -170,6 +158,23 @@ class Source:
                 )
         except Exception as error:
             raise BadInput(f"NNCF cannot quantize the model: {_reason(error)}") from error
+
+
+def write_onnx(program: torch.export.ExportedProgram, path: Path, name: str, output: str) -> None:
+    """Write a program as an ONNX file with these names of its input and its output."""
+    with quiet():
+        torch.onnx.export(
+            program,
+            (),
+            str(path),
+            dynamo=True,
+            input_names=[name],
+            output_names=[output],
+            external_data=False,
+            verbose=False,
+            custom_translation_table=onnx_translations(),
+        )
+    _forget_shapes(path)
 
 
 def _forget_shapes(path: Path) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from vitkit.deploy.artefact import Artefact, load, run_in_batches
+from vitkit.deploy.artefact import Artefact, load, run_in_batches, to_pixels
 from vitkit.deploy.engines import ENGINES, Runner, Setting, engine
 from vitkit.deploy.faithful import Fidelity, compare, fit_temperature
 from vitkit.deploy.machine import cores, fingerprint, machine, versions
@@ -142,6 +142,7 @@ def deploy(
     engines: Sequence[str] | None = None,
     precisions: Sequence[str] | None = None,
     merge: Sequence[float] = (),
+    bake: bool = False,
     calibration: np.ndarray | torch.Tensor | None = None,
     calibration_labels: np.ndarray | torch.Tensor | None = None,
     config: ModelConfig | None = None,
@@ -166,6 +167,8 @@ def deploy(
         precisions: of those the engines offer; None: all.
         merge: shares of patch tokens in [0, 1) that token merging (ToMe) may take away, tried on top of the two
             fastest faithful engines; plain ViTs only.
+        bake: put cutting and resizing into the engine's own file, which then takes 8-bit pixels (B, H, W, C) of any
+            size (:class:`vitkit.deploy.pixels.FromPixels`); engines whose files cannot be changed are not tried.
         calibration: images that choose quantization steps; None: a third of ``images``, at most 300, which are then
             not used to compare.
         calibration_labels: with labels also the temperature of the probabilities is fitted on them.
@@ -176,7 +179,8 @@ def deploy(
     Returns: :class:`Deployment`.
 
     Raises:
-        BadInput: images the model does not take, fewer than 8 of them, an ``out`` that holds something else.
+        BadInput: images the model does not take, fewer than 8 of them, an ``out`` that holds something else, ``bake``
+            for images of more than 8 bits.
         UnknownName: an engine.
         VitkitError: no engine is faithful; the message says which came nearest.
     """
@@ -186,10 +190,11 @@ def deploy(
     _check_target(target)
     held, held_labels, chosen_for, chosen_labels = _share_out(images, labels, calibration, calibration_labels)
     task = config.task if config else "classify"
-    rows = _candidates(engines, precisions)
-    key = _key(
-        model, held, held_labels, chosen_for, rows, (max_drop, budget, tuple(batches), tuple(merge), name, config)
-    )
+    if bake and config is not None and (config.wide or config.value_range is not None):
+        raise BadInput("bake is for 8-bit images, and this model reads images with more bits; deploy it without.")
+    rows = _candidates(engines, precisions, bake)
+    options = (max_drop, budget, tuple(batches), tuple(merge), bake, name, config)
+    key = _key(model, held, held_labels, chosen_for, rows, options)
     done = _finished(target, key)
     if done is not None:
         return replace(done, seconds=time.perf_counter() - started)
@@ -227,6 +232,8 @@ def deploy(
         tell("writing", 0, 1)
         temperature = _temperature(tuning, best, chosen_for, chosen_labels)
         manifest = _manifest(tuning, best, config, name, key, temperature, len(chosen_for), chosen_labels is not None)
+        if bake:
+            manifest = _bake(tuning, best, manifest)
         seconds = time.perf_counter() - started
         result = Deployment(target, rows, best, reason, seconds, known is not None, interrupted)
         _write(tuning, result, manifest)
@@ -236,7 +243,7 @@ def deploy(
 # -- trying -----------------------------------------------------------------------------------------------------------
 
 
-def _candidates(engines: Sequence[str] | None, precisions: Sequence[str] | None) -> list[Row]:
+def _candidates(engines: Sequence[str] | None, precisions: Sequence[str] | None, bake: bool) -> list[Row]:
     for given in engines or ():
         if given not in ENGINES:
             raise unknown("engine", given, ENGINES, "vitkit deploy --engines list")
@@ -246,6 +253,9 @@ def _candidates(engines: Sequence[str] | None, precisions: Sequence[str] | None)
         missing = module.unavailable()
         if missing:
             rows.append(Row(name, "", status="not installed", reason=missing))
+            continue
+        if bake and not hasattr(module, "bake"):
+            rows.append(Row(name, "", reason="its files cannot take the preparation of images in"))
             continue
         offered = module.precisions()
         rows += [Row(name, p) for p in offered if precisions is None or p in precisions]
@@ -504,6 +514,28 @@ def _manifest(
         machine=machine(),
         key=key,
     )
+
+
+def _bake(tuning: _Tuning, best: Row, manifest: Manifest) -> Manifest:
+    """Put the preparation of images into the chosen engine's files, and compare again.
+
+    Raises: VitkitError if the answers changed by more than may be lost.
+    """
+    from vitkit.deploy.pixels import export_preparation
+
+    _ensure_made(tuning, best)
+    folder, module = tuning.folders[best.name], engine(best.engine)
+    source = _source(tuning, best.merge)
+    module.bake(folder, export_preparation(manifest.image_size, manifest.in_chans), source.fixed_batch)
+    runner = module.load(folder, best.precision, best.setting)
+    outputs = _all(runner, to_pixels(tuning.images), _batch_sizes(source), max(tuning.batches))
+    found = compare(tuning.reference, outputs, tuning.labels, tuning.task)
+    if found.drop > tuning.max_drop:
+        raise VitkitError(
+            f"With the preparation of images inside, {best.name} loses {found.drop:.2f} points, more than "
+            f"{tuning.max_drop:g}; deploy without bake."
+        )
+    return replace(manifest, takes="pixels", evidence={**manifest.evidence, "baked": asdict(found)})
 
 
 def _write(tuning: _Tuning, result: Deployment, manifest: Manifest) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
+from vitkit.compress.merge.dymu import dymu
 from vitkit.deploy.artefact import run_in_batches
 from vitkit.deploy.engines import ENGINES, Setting, engine, lacking
 from vitkit.deploy.source import Source
@@ -69,3 +71,18 @@ def test_every_engine_says_what_it_lacks():
     )
     with pytest.raises(UnknownName, match="openvino"):
         engine("openvin")
+
+
+@pytest.mark.parametrize("name", [name for name in _QUICK if not engine(name).unavailable()])
+def test_images_keep_as_many_tokens_as_they_need_in_every_engine(name, model, images, tmp_path):
+    merging, _ = dymu(model, torch.from_numpy(images), target_tokens=9)
+    source = Source(merging, images, tmp_path)
+    folder = tmp_path / "made"
+    folder.mkdir()
+    module = engine(name)
+    module.make(source, "f32", folder)
+    assert source.fixed_batch is None
+    runner = module.load(folder, "f32", Setting(8, 2))
+    expected = source.logits(images)
+    for batch in (1, 3, len(images)):
+        assert np.abs(runner.run(images[:batch]) - expected[:batch]).max() < 1e-4 * expected.std()

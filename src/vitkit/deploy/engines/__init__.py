@@ -7,7 +7,9 @@ Every engine is a module with
 - ``precisions() -> tuple[str, ...]``: those worth trying on this machine, the exact one first;
 - ``settings(batch, cores) -> list[Setting]``: threads and streams worth trying;
 - ``make(source, precision, folder)``: write the files of a model, which needs torch;
-- ``load(folder, precision, setting) -> Runner``: from those files alone.
+- ``load(folder, precision, setting) -> Runner``: from those files alone;
+- ``bake(folder, preparation, batch)``, where its files can be changed: put an exported program in front of them, whose
+  output is their input; ``batch`` is the number of images they take at a time, None for any.
 """
 
 from __future__ import annotations

@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vitkit.deploy.engines import Setting, lacking
+from vitkit.files import atomic_write
 
 if TYPE_CHECKING:
+    import torch
+
     from vitkit.deploy.source import Source
 
 NEEDS = {"onnxruntime": "deploy"}
@@ -90,6 +93,30 @@ def _four_bits(plain: Path, target: Path) -> None:
     quantizer.model.save_model_to_file(str(target))
 
 
+def bake(folder: Path, preparation: torch.export.ExportedProgram, batch: int | None) -> None:
+    """Join a program to ``model.onnx``, which then takes what the program takes."""
+    import onnx
+    from onnx import compose, version_converter
+
+    from vitkit.deploy.source import write_onnx
+
+    path, front_path = folder / "model.onnx", folder / "front.onnx"
+    try:
+        write_onnx(preparation, front_path, "pixels", "prepared")
+        network, front = onnx.load(path), onnx.load(front_path)
+    finally:
+        front_path.unlink(missing_ok=True)
+    version = {opset.domain: opset.version for opset in network.opset_import}[""]
+    if version != {opset.domain: opset.version for opset in front.opset_import}[""]:
+        front = version_converter.convert_version(front, version)
+    front.ir_version = network.ir_version
+    whole = compose.merge_models(
+        compose.add_prefix(front, "preparation/", rename_inputs=False), network, [("preparation/prepared", "images")]
+    )
+    with atomic_write(path) as new:
+        onnx.save(whole, new)
+
+
 def load(folder: Path, precision: str, setting: Setting) -> _Runner:
     return _Runner(folder, setting)
 
@@ -105,9 +132,10 @@ class _Runner:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         self.threads = options.intra_op_num_threads
         self.session = ort.InferenceSession(str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"])
+        self.input = self.session.get_inputs()[0].name
 
     def run(self, images: np.ndarray) -> np.ndarray:
-        return self.session.run(None, {"images": images})[0]
+        return self.session.run(None, {self.input: images})[0]
 
     def describe(self) -> dict[str, Any]:
         return {"threads": self.threads, "provider": self.session.get_providers()[0]}

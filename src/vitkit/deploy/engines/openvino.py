@@ -12,6 +12,8 @@ from vitkit.deploy.engines import Setting, lacking
 from vitkit.deploy.signal_stack import kept_signal_stack
 
 if TYPE_CHECKING:
+    import torch
+
     from vitkit.deploy.source import Source
 
 NEEDS = {"openvino": "deploy", "nncf": "deploy"}
@@ -41,6 +43,27 @@ def make(source: Source, precision: str, folder: Path) -> None:
     model = source.openvino(quantized=precision.startswith("int8"))
     # the default would store float32 weights as float16
     ov.save_model(model, folder / "model.xml", compress_to_fp16=False)
+
+
+def bake(folder: Path, preparation: torch.export.ExportedProgram, batch: int | None) -> None:
+    """Join a program to ``model.xml``, which then takes what the program takes."""
+    import openvino as ov
+
+    from vitkit.deploy.source import quiet
+
+    with kept_signal_stack(), quiet():
+        network = ov.Core().read_model(folder / "model.xml")
+        front = ov.convert_model(preparation)
+    prepared = front.outputs[0].get_node().input_value(0)
+    for consumer in network.inputs[0].get_target_inputs():
+        consumer.replace_source_output(prepared)
+    whole = ov.Model(network.get_results(), front.get_parameters(), network.get_friendly_name())
+    whole.reshape([batch or -1, -1, -1, front.inputs[0].get_partial_shape()[3]])
+    whole.inputs[0].set_names({"pixels"})
+    # a loaded engine may have the old files mapped: new ones take their names
+    ov.save_model(whole, folder / "baked.xml", compress_to_fp16=False)
+    for ending in ("xml", "bin"):
+        (folder / f"baked.{ending}").replace(folder / f"model.{ending}")
 
 
 def load(folder: Path, precision: str, setting: Setting) -> _Runner:
