@@ -11,6 +11,7 @@ similar pairs until it fits.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from copy import deepcopy
 
 import numpy as np
@@ -162,7 +163,7 @@ def dense_merges(model: nn.Module, calibration: np.ndarray) -> nn.Module:
 
 
 @torch.no_grad()
-def _room(model: nn.Module, blocks: nn.ModuleList, calibration: np.ndarray) -> dict[int, int]:
+def _room(model: nn.Module, blocks: Iterable[nn.Module], calibration: np.ndarray) -> dict[int, int]:
     """Most patch rows of an image after each block that merges dynamically."""
     room: dict[int, int] = {}
     handles = []

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from vitkit.anatomy.untouched import untouched
+from vitkit.deploy.adapters import folded
 from vitkit.deploy.merging import dense_merges
 from vitkit.deploy.onnx_translations import onnx_translations
 from vitkit.deploy.signal_stack import kept_signal_stack
@@ -30,7 +31,8 @@ class Source:
     """A model in eval mode on the CPU, and the images that choose quantization steps.
 
     Args:
-        model: pixels in [0, 1], (B, C, H, W), to logits (B, K). It is copied, not changed.
+        model: pixels in [0, 1], (B, C, H, W), to logits (B, K). It is copied, not changed; adapters of PEFT are added
+            to the copy's weights.
         calibration: (N, C, H, W) float32 in [0, 1].
         scratch: folder for files that several engines start from; its owner removes it.
         until: of ``time.perf_counter()``, when compilers that are still at work are stopped.
@@ -41,7 +43,7 @@ class Source:
     def __init__(self, model: nn.Module, calibration: np.ndarray, scratch: Path, until: float = math.inf) -> None:
         if calibration.ndim != 4 or not len(calibration):
             raise BadInput(f"calibration images must be (N, C, H, W); their shape is {calibration.shape}.")
-        self.model = deepcopy(model).to("cpu", torch.float32).eval().requires_grad_(False)
+        self.model = folded(deepcopy(model).to("cpu", torch.float32)).eval().requires_grad_(False)
         self.calibration = np.ascontiguousarray(calibration, dtype=np.float32)
         self.scratch, self.until = scratch, until
         #: images the exported graph takes at a time; None: any number
