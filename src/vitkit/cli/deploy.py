@@ -29,6 +29,9 @@ def deploy(
         bool,
         typer.Option("--bake", help="Put resizing into the engine's file, which then takes pixels of any size."),
     ] = False,
+    free_size: Annotated[
+        bool, typer.Option("--free-size", help="Make an engine that takes images of other sizes, too.")
+    ] = False,
     limit: Annotated[int, typer.Option(min=8, help="Most images to compare on.")] = 1000,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
@@ -79,6 +82,7 @@ def deploy(
             precisions=_names(precisions),
             merge=shares,
             bake=bake,
+            free_size=free_size,
             config=config,
             name=folder.name,
             progress=progress,

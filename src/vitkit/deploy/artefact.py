@@ -43,15 +43,31 @@ class Artefact:
     def run(self, images: np.ndarray) -> np.ndarray:
         """Images (B, C, H, W) in [0, 1] → logits (B, K).
 
+        H and W are those of ``manifest.image_size`` (H, W), or others if the model was deployed with ``free_size``.
+
         Raises: BadInput if the images have another shape than the model takes.
         """
         images = np.ascontiguousarray(images, dtype=np.float32)
-        wanted = (self.manifest.in_chans, *self.manifest.image_size)
-        if images.ndim != 4 or images.shape[1:] != wanted or not len(images):
-            raise BadInput(f"{self.name} takes images of shape (B, {', '.join(map(str, wanted))}); got {images.shape}.")
-        if self.manifest.takes == "pixels":
+        m = self.manifest
+        if (
+            images.ndim != 4
+            or images.shape[1] != m.in_chans
+            or not self._takes_size(images.shape[2:])
+            or not len(images)
+        ):
+            size = ", ".join(map(str, m.image_size))
+            more = f" with H and W multiples of {m.side_step}" if m.side_step else ""
+            raise BadInput(
+                f"{self.name} takes images of shape (B, {m.in_chans}, {'H, W' if m.side_step else size}){more}; "
+                f"got {images.shape}."
+            )
+        if m.takes == "pixels":
             images = to_pixels(images)
-        return run_in_batches(self.runner, images, self.manifest.batch_sizes)
+        return run_in_batches(self.runner, images, m.batch_sizes)
+
+    def _takes_size(self, size: tuple[int, ...]) -> bool:
+        step = self.manifest.side_step
+        return all(n and n % step == 0 for n in size) if step else size == self.manifest.image_size
 
     def run_pixels(self, pixels: np.ndarray) -> np.ndarray:
         """Images as decoded, (B, H, W, C) uint8 of any height and width → logits (B, K).

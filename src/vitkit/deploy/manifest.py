@@ -32,6 +32,7 @@ class Manifest:
         wide, value_range: how pixels of unusual formats are read, as in
             :class:`vitkit.models.io.ModelConfig`.
         batch_sizes: "any", or the one number of images the engine takes at a time.
+        side_step: 0: images have ``image_size``; else height and width may be any multiples of this.
         takes: what the engine is given: "images", (B, C, H, W) float32 in [0, 1] of ``image_size``, or "pixels",
             (B, H, W, C) uint8 of any size, which it cuts and resizes itself.
         task: "classify", "multilabel" or "regress".
@@ -54,6 +55,7 @@ class Manifest:
     wide: bool = False
     value_range: tuple[float, float] | None = None
     batch_sizes: str | int = "any"
+    side_step: int = 0
     takes: str = "images"
     task: str = "classify"
     labels: tuple[str, ...] = ()

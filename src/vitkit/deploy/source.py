@@ -18,9 +18,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from vitkit.anatomy.untouched import untouched
 from vitkit.deploy.adapters import folded
+from vitkit.deploy.any_size import any_size
 from vitkit.deploy.merging import dense_merges
 from vitkit.deploy.onnx_translations import onnx_translations
 from vitkit.deploy.signal_stack import kept_signal_stack
@@ -36,16 +38,28 @@ class Source:
         calibration: (N, C, H, W) float32 in [0, 1].
         scratch: folder for files that several engines start from; its owner removes it.
         until: of ``time.perf_counter()``, when compilers that are still at work are stopped.
+        free_size: export graphs that take images of other sizes too.
 
     Raises: BadInput if the images are not (N, C, H, W) or the model does not take them.
     """
 
-    def __init__(self, model: nn.Module, calibration: np.ndarray, scratch: Path, until: float = math.inf) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        calibration: np.ndarray,
+        scratch: Path,
+        until: float = math.inf,
+        free_size: bool = False,
+    ) -> None:
         if calibration.ndim != 4 or not len(calibration):
             raise BadInput(f"calibration images must be (N, C, H, W); their shape is {calibration.shape}.")
         self.model = folded(deepcopy(model).to("cpu", torch.float32)).eval().requires_grad_(False)
         self.calibration = np.ascontiguousarray(calibration, dtype=np.float32)
         self.scratch, self.until = scratch, until
+        #: what height and width must be multiples of; 0: they are those of the calibration images
+        self.side_step = 0
+        if free_size:
+            self.model, self.side_step = any_size(self.model)
         #: images the exported graph takes at a time; None: any number
         self.fixed_batch: int | None = None
         self._programs: dict[str, torch.export.ExportedProgram] = {}
@@ -80,18 +94,30 @@ class Source:
 
         Raises: BadInput with the exporter's own reason.
         """
-        example = torch.from_numpy(self.calibration[:1]).repeat(2, 1, 1, 1)
-        batch = torch.export.Dim("batch", min=1, max=65536)
+        example = torch.from_numpy(self.other_size(self.calibration[:1])).repeat(2, 1, 1, 1)
+        sides = {2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO} if self.side_step else {}
+        free = {0: torch.export.Dim("batch", min=1, max=65536), **sides}
         with quiet(), untouched(model), torch.no_grad():
             try:
-                return torch.export.export(model, (example,), dynamic_shapes=({0: batch},))
+                program = torch.export.export(model, (example,), dynamic_shapes=(free,))
             except Exception as first:
                 # the exporter raises a dozen kinds; all mean that this graph cannot be had with a free batch
                 self.fixed_batch = 1
                 try:
-                    return torch.export.export(model, (example[:1],))
+                    program = torch.export.export(model, (example[:1],), dynamic_shapes=(sides,) if sides else None)
                 except Exception as error:
                     raise BadInput(f"the model cannot be exported: {_reason(error)}") from first
+        if self.side_step and not _has_free_sides(program):
+            raise BadInput("the model's graph depends on the image size; deploy it for one size")
+        return program
+
+    def other_size(self, images: np.ndarray) -> np.ndarray:
+        """Images resized to another height and width that the graph should take; as they are if it takes one size."""
+        if not self.side_step:
+            return images
+        height, width = (math.ceil(n / self.side_step) * self.side_step for n in images.shape[2:])
+        size = (height + self.side_step, width + 2 * self.side_step)
+        return F.interpolate(torch.from_numpy(images), size, mode="bilinear", antialias=True).numpy()
 
     def program(self, precision: str = "f32") -> torch.export.ExportedProgram:
         """The exported program; with "bf16" matrix products are computed in bfloat16."""
@@ -135,7 +161,8 @@ class Source:
         except Exception as error:
             raise BadInput(f"OpenVINO cannot convert the model: {_reason(error)}") from error
         channels, height, width = self.calibration.shape[1:]
-        model.reshape([self.fixed_batch or -1, channels, height, width])
+        sides = [-1, -1] if self.side_step else [height, width]
+        model.reshape([self.fixed_batch or -1, channels, *sides])
         model.inputs[0].set_names({"images"})
         model.outputs[0].set_names({"logits"})
         return model
@@ -160,6 +187,12 @@ class Source:
                 )
         except Exception as error:
             raise BadInput(f"NNCF cannot quantize the model: {_reason(error)}") from error
+
+
+def _has_free_sides(program: torch.export.ExportedProgram) -> bool:
+    name = program.graph_signature.user_inputs[0]
+    images = next(node for node in program.graph.nodes if node.name == name)
+    return all(isinstance(n, torch.SymInt) for n in images.meta["val"].shape[2:])
 
 
 def write_onnx(program: torch.export.ExportedProgram, path: Path, name: str, output: str) -> None:

@@ -143,6 +143,7 @@ def deploy(
     precisions: Sequence[str] | None = None,
     merge: Sequence[float] = (),
     bake: bool = False,
+    free_size: bool = False,
     calibration: np.ndarray | torch.Tensor | None = None,
     calibration_labels: np.ndarray | torch.Tensor | None = None,
     config: ModelConfig | None = None,
@@ -169,6 +170,8 @@ def deploy(
             fastest faithful engines; plain ViTs only.
         bake: put cutting and resizing into the engine's own file, which then takes 8-bit pixels (B, H, W, C) of any
             size (:class:`vitkit.deploy.pixels.FromPixels`); engines whose files cannot be changed are not tried.
+        free_size: the engine takes images of other heights and widths too; a plain ViT's positions are resized inside
+            its graph. Times and accuracy are those at the given size.
         calibration: images that choose quantization steps; None: a third of ``images``, at most 300, which are then
             not used to compare.
         calibration_labels: with labels also the temperature of the probabilities is fitted on them.
@@ -180,7 +183,7 @@ def deploy(
 
     Raises:
         BadInput: images the model does not take, fewer than 8 of them, an ``out`` that holds something else, ``bake``
-            for images of more than 8 bits.
+            for images of more than 8 bits or with ``free_size``.
         UnknownName: an engine.
         VitkitError: no engine is faithful; the message says which came nearest.
     """
@@ -192,15 +195,17 @@ def deploy(
     task = config.task if config else "classify"
     if bake and config is not None and (config.wide or config.value_range is not None):
         raise BadInput("bake is for 8-bit images, and this model reads images with more bits; deploy it without.")
+    if bake and free_size:
+        raise BadInput("bake resizes every image to one size, and free_size keeps their sizes; choose one.")
     rows = _candidates(engines, precisions, bake)
-    options = (max_drop, budget, tuple(batches), tuple(merge), bake, name, config)
+    options = (max_drop, budget, tuple(batches), tuple(merge), bake, free_size, name, config)
     key = _key(model, held, held_labels, chosen_for, rows, options)
     done = _finished(target, key)
     if done is not None:
         return replace(done, seconds=time.perf_counter() - started)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
-        source = Source(model, chosen_for, Path(scratch), started + budget)
+        source = Source(model, chosen_for, Path(scratch), started + budget, free_size)
         tell("the model's own answers", 0, 1)
         tuning = _Tuning(
             images=held,
@@ -232,6 +237,8 @@ def deploy(
         tell("writing", 0, 1)
         temperature = _temperature(tuning, best, chosen_for, chosen_labels)
         manifest = _manifest(tuning, best, config, name, key, temperature, len(chosen_for), chosen_labels is not None)
+        if free_size:
+            manifest = _check_other_size(tuning, best, manifest)
         if bake:
             manifest = _bake(tuning, best, manifest)
         seconds = time.perf_counter() - started
@@ -407,7 +414,7 @@ def _source(tuning: _Tuning, merge: float) -> Source:
             raise BadInput(f"tokens cannot be merged: {error}") from error
         folder = tuning.scratch / f"merged-{merge:g}"
         folder.mkdir()
-        tuning.sources[merge] = Source(merged, plain.calibration, folder, plain.until)
+        tuning.sources[merge] = Source(merged, plain.calibration, folder, plain.until, plain.side_step > 0)
     return tuning.sources[merge]
 
 
@@ -513,6 +520,28 @@ def _manifest(
         versions=versions(),
         machine=machine(),
         key=key,
+    )
+
+
+def _check_other_size(tuning: _Tuning, best: Row, manifest: Manifest) -> Manifest:
+    """Compare the chosen engine with the model on images of another size.
+
+    Raises: VitkitError if it loses more than may be lost.
+    """
+    _ensure_made(tuning, best)
+    source = tuning.sources[0.0]
+    others = source.other_size(tuning.images[:64])
+    labels = None if tuning.labels is None else tuning.labels[:64]
+    outputs = _all(tuning.runners[best.name], others, _batch_sizes(_source(tuning, best.merge)), max(tuning.batches))
+    found = compare(source.logits(others), outputs, labels, tuning.task)
+    height, width = others.shape[2:]
+    if found.drop > tuning.max_drop:
+        raise VitkitError(
+            f"At {height}×{width} pixels {best.name} loses {found.drop:.2f} points, more than {tuning.max_drop:g}; "
+            "deploy it for one size."
+        )
+    return replace(
+        manifest, side_step=source.side_step, evidence={**manifest.evidence, f"at {height}×{width}": asdict(found)}
     )
 
 
