@@ -44,7 +44,8 @@ class MultiScaleCues(nn.Module):
     class token:
 
     1. Activation (training only): ``T_s ← T_s ⊙ (1 − β·resize(M_{s−1}·[M_{s−1} in its top 20 %]))``, the cue map
-       M_s being the logit of the class per token, min–max scaled to [0, 1]; no gradient through this M.
+       M_s being the logit of the class per token, min–max scaled to [0, 1]; no gradient through this M, and its class
+       is the stage's own answer: suppressing the cues of the label would tell the next stage the label.
        Loss: ``λ_d Σ_{s<t} cos(resize(M_s), M_t)``, which has a gradient.
     2. Selection: the ⌈ρ_s N_s⌉ tokens with the largest score stay; loss on the others: ``λ_b KL(uniform ‖
        softmax(c_s(t)))``, mean over tokens. A learned class token and the kept ones go through a transformer layer,
@@ -52,9 +53,10 @@ class MultiScaleCues(nn.Module):
     3. Aggregation: ``w = softmax(MLP([z_1 … z_S]))``, ``logits = Σ_s w_s c_s(z_s)``.
     4. Where the labels are known: ``λ_s Σ_s CE(c_s(z_s), y)``, with label smoothing, beside the loss of the answer.
 
-    The class of a map is the label where it is known (see :func:`vitkit.models.labels.known_labels`, which the training
-    loop uses for single-label classification), else the stage's own answer. As only the class token of the layer is
-    read, it is computed as a cross-attention.
+    The class of any other map is the label where it is known (see :func:`vitkit.models.labels.known_labels`, which the
+    training loop uses for single-label classification), else the stage's own answer. Labels choose losses only: z and
+    the logits do not depend on them. As only the class token of the layer is read, it is computed as a
+    cross-attention.
 
     Args:
         dims: width of the tokens of every stage.
@@ -185,25 +187,30 @@ class MultiScaleCues(nn.Module):
         maps: list[Tensor] = []
         kept: list[Tensor] = []
         rejected: list[Tensor] = []
+        used: Tensor | None = None
         for s, (stage, classify) in enumerate(zip(self.stages, self.classifiers)):
             t = stage.tokens(tokens[s])  # type: ignore[operator]
-            if self.training and self.suppress and s:
-                used = resize(_strongest(maps[-1].detach(), self.top), grids[s]).flatten(1)
-                t = t * (1 - self.suppress * used).unsqueeze(-1).to(t.dtype)
+            if used is not None:
+                strength = self.suppress * resize(_strongest(used, self.top), grids[s]).flatten(1)
+                t = t * (1 - strength).unsqueeze(-1).to(t.dtype)
             logits = classify(t)
             order = self._scores(logits).argsort(dim=1, descending=True, stable=True)
             count = num_kept(self.keep[s], t.shape[1])
             chosen = order[:, :count].sort(1).values
             z = stage.read(t.gather(1, chosen.unsqueeze(-1).expand(-1, -1, t.shape[-1])))  # type: ignore[operator]
             answer = classify(z)
+            own = answer.detach().argmax(-1)
             vectors.append(z)
             answers.append(answer)
             kept.append(chosen)
             if self.training and self.background and count < t.shape[1]:
                 rest = order[:, count:].unsqueeze(-1).expand(-1, -1, logits.shape[-1])
                 rejected.append(_from_uniform(logits.gather(1, rest)))
-            if want_maps or (self.training and len(self.stages) > 1):
-                maps.append(_cue_map(logits, _classes(labels, answer)).reshape(-1, *grids[s]))
+            if want_maps or (self.training and self.diversity and len(self.stages) > 1):
+                maps.append(_cue_map(logits, _classes(labels, own)).reshape(-1, *grids[s]))
+            if self.training and self.suppress and s + 1 < len(self.stages):
+                # never the label's map: where tokens are suppressed would give the label away, in training only
+                used = _cue_map(logits.detach(), own).reshape(-1, *grids[s])
         if self.training:
             self._regularise(maps, rejected, answers, labels, aux)
         return torch.stack(vectors, 1), maps, kept
@@ -295,9 +302,9 @@ def _linear(width: int, out: int) -> nn.Linear:
     return linear
 
 
-def _classes(labels: Tensor | None, answer: Tensor) -> Tensor:
+def _classes(labels: Tensor | None, own: Tensor) -> Tensor:
     if labels is None:
-        return answer.detach().argmax(-1)
+        return own
     return labels if labels.ndim == 1 else labels.argmax(-1)
 
 
