@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from vitkit.errors import BadInput
-from vitkit.models.parts.normalizers.masking import allowed_entries, full_precision
+from vitkit.models.parts.normalizers.masking import full_precision
 from vitkit.models.spec import PartSpec
 
 
@@ -41,15 +41,18 @@ class NormSoftmax(nn.Module):
         return cls(eps)
 
     def forward(self, scores: Tensor, mask: Tensor | None = None) -> Tensor:
-        allowed = allowed_entries(scores, mask)
-        alive = allowed.any(-1, keepdim=True)
-        s = full_precision(scores).masked_fill(~allowed, 0.0)
-        count = allowed.sum((-2, -1), keepdim=True).clamp(min=1)
-        mean = s.detach().sum((-2, -1), keepdim=True) / count
-        spread = ((s.detach() - mean).square() * allowed).sum((-2, -1), keepdim=True) / count
+        s = full_precision(scores)
+        if mask is not None:
+            s = s.masked_fill(~mask, -torch.inf)
+        # NaN scores are not shut out, so that a broken model is seen
+        shut, alive = s == -torch.inf, s.detach().amax(-1, keepdim=True) != -torch.inf
+        s = s.masked_fill(shut, 0.0)
+        count = (s.shape[-2] * s.shape[-1] - shut.sum((-2, -1), keepdim=True)).clamp(min=1)
         # the mean is taken off before dividing: equal scores must stay equal after division by a tiny eps
-        s = (s - mean) / spread.sqrt().clamp(min=self.eps)
-        return (s.masked_fill(~allowed & alive, -torch.inf).softmax(-1) * alive).to(scores.dtype)
+        s = s - s.detach().sum((-2, -1), keepdim=True) / count
+        length = torch.linalg.vector_norm(s.detach().masked_fill(shut, 0.0), dim=(-2, -1), keepdim=True)
+        s = s / (length / count.sqrt()).clamp(min=self.eps)
+        return (s.masked_fill(shut & alive, -torch.inf).softmax(-1) * alive).to(scores.dtype)
 
     def extra_repr(self) -> str:
         return f"eps={self.eps}"
