@@ -6,6 +6,8 @@ import copy
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from vitkit.errors import BadInput
 from vitkit.models.pixel_selection import (
@@ -27,6 +29,17 @@ def test_the_best_are_chosen_and_ties_go_to_the_first():
     # alone or in a batch, an image gets the same pixels
     many = torch.randn(5, 40).round()
     assert torch.equal(choose(many, 11), torch.cat([choose(row[None], 11) for row in many]))
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    scores=st.lists(st.sampled_from([-float("inf"), -1.0, -0.0, 0.0, 0.5, 2.0, float("nan")]), min_size=1, max_size=12),
+    share=st.floats(0, 1),
+)
+def test_the_choice_is_that_of_a_stable_sort(scores, share):
+    scores, count = torch.tensor([scores]), round(share * len(scores))
+    expected = scores.argsort(dim=1, descending=True, stable=True)[:, :count].sort(dim=1).values
+    assert torch.equal(choose(scores, count), expected)
 
 
 def test_exploration_keeps_the_best_and_draws_the_rest_by_their_gates():

@@ -146,13 +146,24 @@ def choose(scores: Tensor, count: int, explore: float = 0.0) -> Tensor:
             to σ(F), by torch's global generator.
     """
     drawn = min(round(explore * count), scores.shape[1] - count)
-    best = scores.argsort(dim=1, descending=True, stable=True)[:, : count - drawn]
+    best = _largest(scores, count - drawn)
     if drawn > 0:
         # Gumbel noise on log-probabilities: the largest are a draw without replacement
         noise = -torch.empty_like(scores).exponential_().clamp(min=1e-20).log()
         keys = (F.logsigmoid(scores) + noise).scatter(1, best, -math.inf)
         best = torch.cat([best, keys.topk(drawn, dim=1).indices], dim=1)
     return best.sort(dim=1).values
+
+
+def _largest(scores: Tensor, count: int) -> Tensor:
+    """What a stable descending sort puts first, (B, count) in no order; ``topk`` alone leaves open which of equals."""
+    num = scores.shape[1]
+    least = scores.topk(max(count, 1), dim=1).values[:, -1:]
+    turn = torch.arange(num, 0, -1, device=scores.device)
+    above = (scores > least) | (scores.isnan() & ~least.isnan())
+    tied = (scores == least) | (scores.isnan() & least.isnan())
+    key = torch.where(above, turn + num, torch.where(tied, turn, 0))
+    return key.topk(count, dim=1).indices
 
 
 def distillation(weights: Tensor, scores: Tensor) -> Tensor:
