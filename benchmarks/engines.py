@@ -3,9 +3,10 @@
     python benchmarks/engines.py [--model vit_small_patch16_224] [--batch 8] [--merge 0.35] [--seconds 120]
         [--engines openvino,onnxruntime] [--json FILE]
 
-Weights are random; times do not depend on them. Ratios are to timm's model in eager float32 on all cores. ``limit`` is
-the share of the fastest matrix product, by PyTorch, that this machine was seen to do in the same run (float32 and
-bfloat16 only).
+Weights are random; times do not depend on them. "cut" rows have as many tokens in every block as the merging ones, but
+by leaving the last ones out: what a merging row takes longer is the price of matching and merging. Ratios are to timm's
+model in eager float32 on all cores. ``limit`` is the share of the fastest matrix product, by PyTorch, that this machine
+was seen to do in the same run (float32 and bfloat16 only).
 
 Targets, ViT-S and ViT-B: float32 2.3×, bfloat16 4.5× (ViT-B), int8 with the rest in bfloat16 7×, merged on top 10×.
 """
@@ -17,6 +18,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ from vitkit.deploy.engines import ENGINES, Runner, Setting, engine
 from vitkit.deploy.machine import cores, machine, versions
 from vitkit.deploy.measure import take_turns
 from vitkit.deploy.source import Source
+from vitkit.models.layout import TokenLayout
 from vitkit.models.rehost import rehost
 
 
@@ -75,6 +78,25 @@ def peers(name: str, model: nn.Module, side: int) -> dict[str, Runner | str]:
     except ImportError:
         found["vit-pytorch eager"] = "pip install vit-pytorch"
     return found
+
+
+class Cut(nn.Module):
+    """Keeps as many rows as a token merger, without looking at them."""
+
+    def __init__(self, num_merges: int) -> None:
+        super().__init__()
+        self.num_merges = num_merges
+
+    def forward(self, x: torch.Tensor, keys: torch.Tensor, layout: TokenLayout) -> tuple[torch.Tensor, TokenLayout]:
+        return x[:, : x.shape[1] - self.num_merges], layout
+
+
+def cut(merging: nn.Module) -> nn.Module:
+    """A copy of a merging model that cuts in place of merging."""
+    new = deepcopy(merging)
+    for block in new.blocks:
+        block.reduce = Cut(block.reduce.num_merges)
+    return new
 
 
 def plain_openvino(model: nn.Module, images: np.ndarray) -> Runner:
@@ -139,9 +161,10 @@ def main() -> None:
         sources = {"": Source(ours, rng.random((32, 3, side, side), dtype=np.float32), Path(scratch))}
         for share in [s for s in args.merge.split(",") if s]:
             merged, _ = tome(ours, ratio=float(share))
-            folder = Path(scratch) / f"merge-{share}"
-            folder.mkdir()
-            sources[f" merge {share}"] = Source(merged, sources[""].calibration, folder)
+            for kind, network in (("merge", merged), ("cut", cut(merged))):
+                folder = Path(scratch) / f"{kind}-{share}"
+                folder.mkdir()
+                sources[f" {kind} {share}"] = Source(network, sources[""].calibration, folder)
         if "openvino" in args.engines and not args.skip_peers:
             calls["OpenVINO used plainly"] = (
                 plain_openvino(model, images),
@@ -174,7 +197,8 @@ def main() -> None:
         for label, (runner, who, precision, expected) in calls.items():
             t = timings[label]
             speed = args.batch / t.ms * 1000
-            limit = limits["bf16" if "bf16" in precision else "f32"] if precision in ("f32", "bf16") else None
+            reduced = " merge" in who or " cut" in who
+            limit = None if reduced else limits.get(precision)
             rows.append(
                 {
                     "engine": who,
@@ -185,7 +209,9 @@ def main() -> None:
                     "ratio": round(t.ratio, 2),
                     "max_logit_diff": None if expected is None else float(np.abs(runner.run(images) - expected).max()),
                     "noise": round(t.noise, 3),
-                    "limit": None if limit is None or " merge" in who else round(speed * flops / limit, 3),
+                    "limit": None
+                    if limit is None or " merge" in who or " cut" in who
+                    else round(speed * flops / limit, 3),
                 }
             )
     rows.sort(key=lambda row: -row["ratio"])
