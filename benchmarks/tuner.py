@@ -2,10 +2,10 @@
 
     python benchmarks/tuner.py [--model vit_small_patch16_224] [--budget 3m] [--rounds 20] [--json FILE]
 
-First ``vitkit.deploy.deploy`` chooses within its budget, from engines × number formats × batch sizes. Then all that it
-could have chosen, without a budget and without a probe to prune them: every engine and format in every setting it offers
-for every batch size, made and loaded, taking turns. ``behind`` is how much slower the choice is than the fastest of those
-as faithful. Engines that compile for minutes are left out of both unless --engines names them.
+First ``vitkit.deploy.deploy`` chooses within its budget, from engines × number formats × batch sizes. Then all that
+it could have chosen, without a budget and without a probe to prune them: every engine and format in every setting it
+offers for every batch size, made and loaded, taking turns. ``behind`` is how much slower the choice is than the fastest
+of those as faithful. Engines that compile for minutes are left out of both unless --engines names them.
 
 Targets: at most 3 % behind; the tuner itself at most 3 minutes.
 """
