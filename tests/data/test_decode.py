@@ -155,6 +155,8 @@ def test_tiff_with_many_samples_a_pixel():
     out = io.BytesIO()
     tifffile.imwrite(out, cube, photometric="minisblack", planarconfig="contig")
     np.testing.assert_array_equal(pixels(out.getvalue(), "a.tif"), cube)
+    with pytest.raises(Unreadable, match="9×11×7 pixels are more than the limit of 692"):
+        decode(out.getvalue(), "a.tif", Reading(max_pixels=692))
 
 
 @pytest.mark.parametrize("shape", [(7, 9), (7, 9, 5), (5, 7, 9)])

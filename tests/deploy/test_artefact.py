@@ -110,7 +110,7 @@ def test_a_fixed_batch_is_padded_and_split():
 
 
 def test_answers_of_other_tasks():
-    assert answer(np.array([1.5]), ("kg",), "regress") == {"value": [1.5]}
+    assert answer(np.array([1.5]), ("kg",), "regress") == {"values": {"kg": 1.5}}
     found = answer(np.array([0.9, 0.2, 0.6]), ("a", "b", "c"), "multilabel")
     assert found["label"] == ["a", "c"]
 

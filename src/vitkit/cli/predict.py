@@ -38,8 +38,8 @@ def predict(
     for row in rows:
         if "error" in row:
             out.add_row(row["image"], f"not read: {row['error']}")
-        elif "value" in row:
-            out.add_row(row["image"], ", ".join(f"{v:.4g}" for v in row["value"]))
+        elif "values" in row:
+            out.add_row(row["image"], ", ".join(f"{v:.4g}" for v in row["values"].values()))
         else:
             best = sorted(row["probabilities"].items(), key=lambda kv: -kv[1])[:top]
             out.add_row(row["image"], ", ".join(f"{name} {p:.1%}" for name, p in best))
@@ -56,7 +56,7 @@ def _say_unread(unread: list[dict[str, Any]], rows: list[dict[str, Any]]) -> Non
 def predict_files(folder: Path, images: list[Path]) -> list[dict[str, Any]]:
     """Predictions of a model folder for image files.
 
-    Returns: one row per file: ``{"image", "label", "probabilities"}``, ``{"image", "value"}`` for regression, or
+    Returns: one row per file: ``{"image", "label", "probabilities"}``, ``{"image", "values"}`` for regression, or
     ``{"image", "error"}`` for a file that could not be read.
 
     Raises: BadInput when the folder holds no model or a path does not exist.
@@ -64,6 +64,7 @@ def predict_files(folder: Path, images: list[Path]) -> list[dict[str, Any]]:
     import torch
 
     from vitkit.data import read_image
+    from vitkit.deploy.artefact import answer
     from vitkit.errors import BadInput
     from vitkit.models.io import load_model
 
@@ -89,15 +90,7 @@ def predict_files(folder: Path, images: list[Path]) -> list[dict[str, Any]]:
             continue
         with torch.inference_mode():
             output = model(pixels.unsqueeze(0)).float()[0]
-        if config.task == "regress":
-            rows.append({"image": str(file), "value": output.tolist()})
-            continue
-        probs = output.sigmoid() if config.task == "multilabel" else output.softmax(-1)
-        named = dict(zip(config.classes, probs.tolist()))
-        label = (
-            [name for name, p in named.items() if p > 0.5]
-            if config.task == "multilabel"
-            else max(named, key=lambda n: named[n])
-        )
-        rows.append({"image": str(file), "label": label, "probabilities": named})
+        if config.task != "regress":
+            output = output.sigmoid() if config.task == "multilabel" else output.softmax(-1)
+        rows.append({"image": str(file), **answer(output.numpy(), tuple(config.classes), config.task)})
     return rows

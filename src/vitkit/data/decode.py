@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -102,7 +103,7 @@ def _image(data: bytes, how: Reading, at_least: tuple[int, int] | None) -> tuple
         image: Image.Image = Image.open(io.BytesIO(data))
     except Image.UnidentifiedImageError:
         if data[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
-            array = _tiff(data)
+            array = _tiff(data, how)
             return array, array.shape[:2]
         raise
     with image:
@@ -178,13 +179,17 @@ def _pages(image: Image.Image, how: Reading) -> np.ndarray:
     return pages[0]
 
 
-def _tiff(data: bytes) -> np.ndarray:
+def _tiff(data: bytes, how: Reading) -> np.ndarray:
     """TIFF kinds Pillow has no mode for: more than four samples a pixel, 64-bit, tiles with predictors."""
     try:
         import tifffile
     except ImportError as error:
         raise Unreadable("it is a TIFF with more channels than Pillow reads: pip install tifffile") from error
-    return _channels_last(np.asarray(tifffile.imread(io.BytesIO(data))))
+    with tifffile.TiffFile(io.BytesIO(data)) as file:
+        shape = file.series[0].shape
+        if math.prod(shape) > how.max_pixels:
+            raise Unreadable(_too_large("×".join(map(str, shape)), how.max_pixels))
+        return _channels_last(np.asarray(file.asarray()))
 
 
 def _npy(data: bytes) -> np.ndarray:

@@ -92,7 +92,7 @@ class Artefact:
         return probabilities(logits, self.task, self.manifest.temperature)
 
     def predict(self, images: list[str | Path]) -> list[dict[str, Any]]:
-        """Label image files: ``{"image", "label", "probabilities"}``, or ``"value"`` for a regression.
+        """Label image files: ``{"image", "label", "probabilities"}``, or ``"values"`` for a regression.
 
         Raises: BadInput naming the first file that cannot be read.
         """
@@ -166,10 +166,10 @@ def answer(values: np.ndarray, labels: tuple[str, ...], task: str) -> dict[str, 
     >>> answer(np.array([0.25, 0.75]), ("cat", "dog"), "classify")
     {'label': 'dog', 'probabilities': {'cat': 0.25, 'dog': 0.75}}
     """
-    if task == "regress":
-        return {"value": values.tolist()}
     names = labels or tuple(str(i) for i in range(len(values)))
     named = dict(zip(names, (float(v) for v in values)))
+    if task == "regress":
+        return {"values": named}
     if task == "multilabel":
         return {"label": [name for name, p in named.items() if p > 0.5], "probabilities": named}
     return {"label": max(named, key=lambda n: named[n]), "probabilities": named}
