@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -57,6 +58,29 @@ def test_a_model_becomes_an_artefact_that_predicts(folder, tmp_path):
     assert json.loads(run(*options, "--json").output)["cached"] is True
 
 
+def test_what_the_engine_takes(folder, tmp_path):
+    from vitkit.deploy import load
+
+    options = (
+        folder,
+        "--data",
+        "digits",
+        "--engines",
+        "openvino,torch-eager",
+        "--precisions",
+        "f32",
+        "--budget",
+        "20s",
+    )
+    found = run(*options, "--bake", "--out", tmp_path / "baked")
+    assert found.exit_code == 0, found.output
+    assert "cannot take the preparation" in " ".join(found.output.split())
+    assert load(tmp_path / "baked").run_pixels(np.zeros((1, 30, 20, 1), np.uint8)).shape == (1, 10)
+    found = run(*options, "--free-size", "--out", tmp_path / "free")
+    assert found.exit_code == 0, found.output
+    assert load(tmp_path / "free").run(np.zeros((1, 1, 12, 10))).shape == (1, 10)
+
+
 def test_the_study_says_which_images(folder, tmp_path):
     (tmp_path / "studies" / "study.yaml").write_text("data: {path: digits}\n")
     found = run(
@@ -76,6 +100,7 @@ def test_the_study_says_which_images(folder, tmp_path):
         (["--data", "digits", "--engines", "openvin"], "Did you mean 'openvino'"),
         (["--data", "digits", "--budget", "soon"], "not a duration"),
         (["--data", "no/such/folder"], "no/such/folder"),
+        (["--data", "digits", "--bake", "--free-size"], "choose one"),
     ],
 )
 def test_bad_input(folder, tmp_path, arguments, said):
