@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from timm.layers import DropPath, calculate_drop_path_rates, to_2tuple
-from timm.models import generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model, register_notrace_module
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -23,6 +23,7 @@ __all__ = ["ClusterViG"]
 # B batch · C width · h×w map of N cells
 
 
+@register_notrace_module  # reason: the data decide on the clusters
 class ClusterBlock(nn.Module):
     """``x ← x + DEGC(x + DWConv₇ₓ₇(x))``, then ``x ← x + FFN(x)`` of 1×1 convolutions with batch norm and GELU.
 
@@ -117,10 +118,7 @@ class ClusterViG(Backbone):
 
     def begin(self, images: Tensor) -> Tensor:
         x = self.stem(images)
-        table: Tensor = self.pos_embed
-        if x.shape[2:] != table.shape[2:]:
-            table = F.interpolate(table, x.shape[2:], mode="bicubic", align_corners=False)
-        return x + table
+        return x + _resampled(self.pos_embed, x)
 
     def as_map(self, state: Tensor) -> Tensor:
         return state
@@ -145,6 +143,14 @@ class ClusterViG(Backbone):
             like = next(self.parameters())
             head = nn.Linear(self.head_hidden_size, num_classes) if num_classes else nn.Identity()
             self.head_dist = head.to(like.device, like.dtype)
+
+
+@torch.fx.wrap
+def _resampled(table: Tensor, x: Tensor) -> Tensor:
+    """The table (1, C, h', w') at the size of the map x (B, C, h, w)."""
+    if x.shape[2:] == table.shape[2:]:
+        return table
+    return F.interpolate(table, x.shape[2:], mode="bicubic", align_corners=False)
 
 
 def _stem(in_chans: int, dim: int, halvings: int, num_layers: int) -> nn.Sequential:

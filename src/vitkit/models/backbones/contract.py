@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from timm.layers import trunc_normal_
 from timm.models import build_model_with_cfg
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from vitkit.errors import BadInput
 
 # B batch · C channels of a stage · H×W its map · K classes
 
@@ -55,7 +58,7 @@ class Backbone(nn.Module):
         """Mean over places of a map or over tokens; "" leaves the features."""
         if self.global_pool == "":
             return features
-        return features.mean((2, 3)) if features.ndim == 4 else features.mean(1)
+        return mean_over_places(features)
 
     def finish_init(
         self,
@@ -193,6 +196,27 @@ class Backbone(nn.Module):
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that timm's optimizers leave out of weight decay."""
         return {name for name, _ in self.named_parameters() if name.rpartition(".")[2] in ("pos_embed", "cls_token")}
+
+
+@torch.fx.wrap
+def mean_over_places(features: Tensor) -> Tensor:
+    """(B, C, H, W) or (B, N, C) → (B, C); one node of a torch.fx graph, which cannot ask for the number of axes."""
+    return features.mean((2, 3)) if features.ndim == 4 else features.mean(1)
+
+
+@torch.fx.wrap
+def of_size(images: Tensor, size: tuple[int, int], name: str) -> Tensor:
+    """The images (…, H, W) as they are; BadInput if ``size`` is not theirs.
+
+    A module that imports it says ``torch.fx.wrap("of_size")``: a torch.fx graph cannot compare sizes.
+    """
+    height, width = images.shape[-2:]
+    if (height, width) != size:
+        raise BadInput(
+            f"This {name} is built for images of {size[0]}×{size[1]} pixels, not {height}×{width}; resize them or "
+            "give img_size."
+        )
+    return images
 
 
 def init_weights(module: nn.Module) -> None:

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from timm.layers import DropPath, calculate_drop_path_rates
-from timm.models import generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model, register_notrace_module
 from torch import Tensor, nn
 
 from vitkit.errors import BadInput
@@ -20,6 +21,9 @@ from vitkit.models.vit import Attention, Mlp, call
 __all__ = ["DCFormer"]
 
 # B batch · C channels · D×H×W volume, or H×W image
+
+# it asks for the size of the map, which torch.fx cannot
+register_notrace_module(DecompConv)
 
 POOLS: dict[int, type[nn.MaxPool2d] | type[nn.MaxPool3d]] = {2: nn.MaxPool2d, 3: nn.MaxPool3d}
 
@@ -172,13 +176,7 @@ class DCFormer(Pyramid):
             )
 
     def begin(self, images: Tensor) -> State:
-        channels = self.in_chans // self.slices
-        if self.dims == 3 and images.ndim == 4 and images.shape[1] == self.in_chans:
-            images = images.unflatten(1, (self.slices, channels)).transpose(1, 2)
-        if images.ndim != self.dims + 2 or images.shape[1] != channels:
-            shapes = f"(B, {self.in_chans}, H, W)" + (f" or (B, {channels}, D, H, W)" if self.dims == 3 else "")
-            raise BadInput(f"This DCFormer takes {shapes}, not {tuple(images.shape)}; see in_chans, dims and slices.")
-        return super().begin(images)
+        return super().begin(_as_cells(images, self.dims, self.in_chans, self.slices))
 
     def features(self, state: State) -> Tensor:
         if self.codebook is None:
@@ -196,6 +194,18 @@ class DCFormer(Pyramid):
 
     def no_weight_decay(self) -> set[str]:
         return super().no_weight_decay() | {n for n, _ in self.named_parameters() if n.endswith("gamma")}
+
+
+@torch.fx.wrap
+def _as_cells(images: Tensor, dims: int, in_chans: int, slices: int) -> Tensor:
+    """Images as they are for two axes, as volumes (B, in_chans/slices, D, H, W) for three."""
+    channels = in_chans // slices
+    if dims == 3 and images.ndim == 4 and images.shape[1] == in_chans:
+        images = images.unflatten(1, (slices, channels)).transpose(1, 2)
+    if images.ndim != dims + 2 or images.shape[1] != channels:
+        shapes = f"(B, {in_chans}, H, W)" + (f" or (B, {channels}, D, H, W)" if dims == 3 else "")
+        raise BadInput(f"This DCFormer takes {shapes}, not {tuple(images.shape)}; see in_chans, dims and slices.")
+    return images
 
 
 volume_cfg = partial(cfg, input_size=(1, 512, 512), pool_size=(8, 8), mean=(0.5,), std=(0.5,), crop_pct=1.0)

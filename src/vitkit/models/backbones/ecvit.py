@@ -5,18 +5,22 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import torch
 from timm.layers import LayerNorm2d, calculate_drop_path_rates, to_2tuple
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from vitkit.errors import BadInput
-from vitkit.models.backbones.contract import cfg, create, init_weights
+from vitkit.models.backbones.contract import cfg, create, init_weights, of_size
 from vitkit.models.backbones.pyramid import Halve, Pyramid, Stage, State, TokenBlock
 from vitkit.models.parts.mixers.partitioned_attention import PartitionedAttention
 from vitkit.models.parts.mlps.interactive_ffn import InteractiveFFN
 from vitkit.models.vit import Block
 
 __all__ = ["ECViT"]
+
+# one node of a torch.fx graph here, too
+torch.fx.wrap("of_size")
 
 
 class ConvStemHV(nn.Module):
@@ -132,12 +136,7 @@ class ECViT(Pyramid):
         self.apply(init_weights)
 
     def begin(self, images: Tensor) -> State:
-        if tuple(images.shape[-2:]) != self.img_size:
-            raise BadInput(
-                f"This ECViT is built for images of {self.img_size[0]}×{self.img_size[1]} pixels, not "
-                f"{images.shape[-2]}×{images.shape[-1]}; resize them or give img_size."
-            )
-        state = super().begin(images)
+        state = super().begin(of_size(images, self.img_size, "ECViT"))
         return state._replace(map=state.map + self.pos_embed)
 
 

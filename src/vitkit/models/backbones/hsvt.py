@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from timm.layers import LayerNorm2d, calculate_drop_path_rates
-from timm.models import generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model, register_notrace_module
 from torch import Tensor, nn
 
 from vitkit.errors import BadInput
@@ -142,6 +142,7 @@ class PartitionBlock(nn.Module):
         return f"size={self.size}, dilated={self.dilated}"
 
 
+@register_notrace_module  # reason: asks for the sizes of maps and memories
 class TemporalStage(nn.Module):
     """Downsampling, attention in every window of events by itself, then the memory across windows.
 
@@ -290,14 +291,7 @@ class HsVT(Backbone):
     # -- timm's way: all windows from the zero state --------------------------------------------------------------
 
     def begin(self, images: Tensor) -> Flow:
-        if images.ndim == 5:
-            return self._start(images, None)
-        if images.ndim != 4 or images.shape[1] != self.in_chans:
-            raise BadInput(
-                f"This HsVT takes images (B, {self.in_chans}, H, W), or (B, T, {self.in_chans // self.windows}, H, W), "
-                f"not {tuple(images.shape)}; make one with in_chans=… and windows=… of your data."
-            )
-        return self._start(images.unflatten(1, (self.windows, -1)), None)
+        return self._start(_as_clip(images, self.in_chans, self.windows), None)
 
     def as_map(self, state: Flow) -> Tensor:
         """(B, C, H, W) of the last window."""
@@ -337,14 +331,33 @@ class HsVT(Backbone):
         return tuple(m[:, 0] if x.ndim == 4 else m for m in maps), flow.new
 
     def _start(self, clip: Tensor, memory: Memory | None) -> Flow:
-        wanted = self.in_chans // self.windows
-        if clip.ndim != 5 or clip.shape[2] != wanted or not clip.shape[1]:
-            raise BadInput(
-                f"This HsVT takes windows of {wanted} channels, (B, T, {wanted}, H, W) with T of at least 1, not "
-                f"{tuple(clip.shape)}."
-            )
+        clip = _of_channels(clip, self.in_chans // self.windows)
         windows = clip.shape[1]
         return Flow(self.stem(clip.transpose(0, 1).flatten(0, 1)), windows, memory, ())
+
+
+@torch.fx.wrap
+def _as_clip(images: Tensor, in_chans: int, windows: int) -> Tensor:
+    """(B, T·c, H, W) or (B, T, c, H, W) → (B, T, c, H, W)."""
+    if images.ndim == 5:
+        return images
+    if images.ndim != 4 or images.shape[1] != in_chans:
+        raise BadInput(
+            f"This HsVT takes images (B, {in_chans}, H, W), or (B, T, {in_chans // windows}, H, W), not "
+            f"{tuple(images.shape)}; make one with in_chans=… and windows=… of your data."
+        )
+    return images.unflatten(1, (windows, -1))
+
+
+@torch.fx.wrap
+def _of_channels(clip: Tensor, wanted: int) -> Tensor:
+    """The windows (B, T, c, H, W) as they are, or an error if c is not ``wanted``."""
+    if clip.ndim != 5 or clip.shape[2] != wanted or not clip.shape[1]:
+        raise BadInput(
+            f"This HsVT takes windows of {wanted} channels, (B, T, {wanted}, H, W) with T of at least 1, not "
+            f"{tuple(clip.shape)}."
+        )
+    return clip
 
 
 def detach_memory(memory: Memory) -> Memory:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from timm.layers import to_2tuple
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
@@ -93,8 +94,7 @@ class IIANet(Pyramid):
         self.apply(init_weights)
 
     def begin(self, images: Tensor) -> State:
-        _grids((images.shape[-2], images.shape[-1]), *self._cut)
-        return super().begin(images)
+        return super().begin(_large_enough(images, *self._cut))
 
     def no_weight_decay(self) -> set[str]:
         own = ("rel_h", "rel_w", "register_kv")
@@ -133,6 +133,13 @@ def _grids(size: tuple[int, int], padding: int, pool: bool, num_stages: int) -> 
             f"{smallest}×{smallest}. iianet_femto is for small images."
         )
     return list(zip(*sides))
+
+
+@torch.fx.wrap
+def _large_enough(images: Tensor, padding: int, pool: bool, num_stages: int) -> Tensor:
+    """The images as they are, or an error if they vanish."""
+    _grids((images.shape[-2], images.shape[-1]), padding, pool, num_stages)
+    return images
 
 
 default_cfgs = generate_default_cfgs(

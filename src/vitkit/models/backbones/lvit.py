@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from typing import Any, Literal, NamedTuple
 
+import torch
 from timm.layers import to_2tuple
-from timm.models import generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model, register_notrace_module
 from torch import Tensor, nn
 
 from vitkit.errors import BadInput
-from vitkit.models.backbones.contract import Backbone, cfg, create
+from vitkit.models.backbones.contract import Backbone, cfg, create, of_size
 from vitkit.models.lorentz.attention import LorentzAttention
 from vitkit.models.lorentz.embed import LorentzPatchEmbed, LorentzPositions
 from vitkit.models.lorentz.head import LorentzMLR
@@ -21,6 +22,14 @@ from vitkit.models.presets import default_patch
 __all__ = ["LViT", "LorentzBlock"]
 
 # B batch · N tokens · D coordinates of a token, time first · c: the curvature is −1/c
+
+
+# they ask for the dtype or the size of what they get, which torch.fx cannot
+register_notrace_module(LorentzPatchEmbed)
+register_notrace_module(LorentzResidual)
+register_notrace_module(LorentzMLR)
+torch.fx.wrap("centroid")
+torch.fx.wrap("of_size")
 
 
 class Points(NamedTuple):
@@ -34,6 +43,7 @@ class Points(NamedTuple):
     grid: tuple[int, int]
 
 
+@register_notrace_module  # reason: its layers ask for the dtype
 class LorentzBlock(nn.Module):
     """LayerNorm, attention, residual; LayerNorm, MLP, residual, all on points.
 
@@ -154,12 +164,7 @@ class LViT(Backbone):
         self.head = LorentzMLR(embed_dim, num_classes, head_scale) if num_classes else nn.Identity()
 
     def begin(self, images: Tensor) -> Points:
-        if tuple(images.shape[-2:]) != self.img_size:
-            raise BadInput(
-                f"This LViT is built for images of {self.img_size[0]}×{self.img_size[1]} pixels, not "
-                f"{images.shape[-2]}×{images.shape[-1]}; resize them or give img_size."
-            )
-        c = self.curvature()
+        images, c = of_size(images, self.img_size, "LViT"), self.curvature()
         return Points(self.add_positions(self.patch_embed(images, c), self.positions(c), c), c, self.grid_size)
 
     def as_map(self, state: Points) -> Tensor:

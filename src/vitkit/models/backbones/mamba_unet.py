@@ -7,14 +7,14 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from timm.layers import LayerNorm2d, calculate_drop_path_rates, to_2tuple
-from timm.models import generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model, register_notrace_module
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitkit.errors import BadInput, unknown
 from vitkit.models.backbones.contract import Backbone, cfg, create, init_weights
 from vitkit.models.backbones.pyramid import Stage, State
-from vitkit.models.backbones.vmamba import PatchMerging, vss_block
+from vitkit.models.backbones.vmamba import PatchMerging, vss_block, whole_patches
 from vitkit.models.cross_ssm import GatedFusion
 from vitkit.models.scan_order import CROSS
 from vitkit.models.ssm import own_names
@@ -24,6 +24,9 @@ __all__ = ["MambaUNet", "PatchExpanding", "SkipFusion"]
 # B batch · C channels · H×W map · K classes
 
 SKIPS = ("concat", "add", "gate")
+
+# one node of a torch.fx graph here, too
+torch.fx.wrap("whole_patches")
 
 
 class UNetState(NamedTuple):
@@ -81,6 +84,7 @@ class SkipFusion(nn.Module):
         return x + skip
 
 
+@register_notrace_module  # reason: adds to the maps that wait
 class Encode(nn.Module):
     """A stage of the encoder; all but the last leave their map for the decoder."""
 
@@ -93,6 +97,7 @@ class Encode(nn.Module):
         return UNetState(inner, (*state.skips, inner.map) if self.leaves else state.skips)
 
 
+@register_notrace_module  # reason: takes from the maps that wait
 class Decode(nn.Module):
     """A stage of the decoder: expanding, fusion with the finest map that waits, blocks."""
 
@@ -108,6 +113,7 @@ class Decode(nn.Module):
         return UNetState(inner, state.skips[:-1])
 
 
+@register_notrace_module  # reason: as the other stages
 class Expand(nn.Module):
     """The end of the decoder: from its finest map to the pixels."""
 
@@ -210,12 +216,8 @@ class MambaUNet(Backbone):
     # -- the contract of a backbone -------------------------------------------------------------------------------
 
     def begin(self, images: Tensor) -> UNetState:
-        if any(side % self.patch for side in images.shape[-2:]):
-            raise BadInput(
-                f"Images of {images.shape[-2]}×{images.shape[-1]} pixels do not divide into patches of {self.patch}; "
-                "resize them."
-            )
-        return UNetState(State(self.stem(images), None, self.aux_sink if self.aux_sink is not None else {}), ())
+        x = self.stem(whole_patches(images, self.patch))
+        return UNetState(State(x, None, self.aux_sink if self.aux_sink is not None else {}), ())
 
     def as_map(self, state: UNetState) -> Tensor:
         return state.inner.map

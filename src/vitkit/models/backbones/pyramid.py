@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
+from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from vitkit.models.backbones.contract import Backbone
@@ -56,6 +57,7 @@ class TokenBlock(nn.Module):
         return from_tokens(x, layout, state)
 
 
+@register_notrace_module  # reason: asks for the size of the map
 class Halve(nn.Conv2d):
     """3×3 convolution of stride 2: (B, C, H, W) → (B, C', ⌈H/2⌉, ⌈W/2⌉)."""
 
@@ -70,6 +72,7 @@ class Halve(nn.Conv2d):
         return super().forward(x)
 
 
+@register_notrace_module  # reason: blocks ask for the size of the map
 class Stage(nn.Module):
     """Downsampling, then blocks ``State → State``.
 
@@ -138,16 +141,14 @@ class Pyramid(Backbone):
 
     def begin(self, images: Tensor) -> State:
         x = self.stem(images)
-        prefix = None if self.cls_token is None else self.cls_token.expand(len(x), -1, -1)
+        prefix = None if self.cls_token is None else self.cls_token.expand(x.shape[0], -1, -1)
         return State(x, prefix, self.aux_sink if self.aux_sink is not None else {})
 
     def as_map(self, state: State) -> Tensor:
         return state.map
 
     def features(self, state: State) -> Tensor:
-        if state.prefix is None:
-            return self.norm(state.map)
-        return self.norm(to_tokens(state)[0])
+        return self.norm(state.map if self.cls_token is None else to_tokens(state)[0])
 
     def pool(self, features: Tensor) -> Tensor:
         if self.cls_token is None or self.global_pool == "":
@@ -155,6 +156,7 @@ class Pyramid(Backbone):
         return features[:, 0] if self.global_pool == "token" else features[:, 1:].mean(1)
 
 
+@torch.fx.wrap
 def to_tokens(state: State) -> tuple[Tensor, TokenLayout]:
     """(B, P+N, C), prefix first, and the layout that says so."""
     x = as_tokens(state.map)

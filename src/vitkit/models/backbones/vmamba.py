@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import torch
 from timm.layers import LayerNorm2d, calculate_drop_path_rates, to_2tuple
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
@@ -112,16 +113,20 @@ class VMamba(Pyramid):
                 init_weights(module)
 
     def begin(self, images: Tensor) -> Any:
-        if any(side % self.patch for side in images.shape[-2:]):
-            raise BadInput(
-                f"Images of {images.shape[-2]}×{images.shape[-1]} pixels do not divide into patches of {self.patch}; "
-                "resize them."
-            )
-        return super().begin(images)
+        return super().begin(whole_patches(images, self.patch))
 
     def no_weight_decay(self) -> set[str]:
         """Those of the state-space layers too; see :class:`~vitkit.models.ssm.SelectiveSSM`."""
         return super().no_weight_decay() | own_names(self)
+
+
+@torch.fx.wrap
+def whole_patches(images: Tensor, patch: int) -> Tensor:
+    """The images (…, H, W) as they are; BadInput if ``patch`` does not divide their sides."""
+    height, width = images.shape[-2:]
+    if height % patch or width % patch:
+        raise BadInput(f"Images of {height}×{width} pixels do not divide into patches of {patch}; resize them.")
+    return images
 
 
 default_cfgs = generate_default_cfgs(
