@@ -41,11 +41,9 @@ SLOTS = {
 REASONS = """\
 ## Likely reasons
 
-- What gains most has convolutions or weights tied to places (`iia`, `ninformer`, `decomposed-conv`, `dcformer-block`,
-  `interactive-ffn`, `global-filter`): what is near need not be found out, for which 700 steps are few.
-  Rotary positions and LOOPE's order may gain for the same reason.
-- `mdcm` adds losses to that of the labels and masks in one stage what another has used. It is made for a pretrained
-  hierarchical network; from scratch they may get in the way.
+- What gains most has convolutions, recurrences that forget, or weights tied to places (`iia`, `ninformer`, `s4d`,
+  `decomposed-conv`, `dcformer-block`, `ss2d`, `wavelet-ssm`, `global-filter`): what is near need not be found out, for
+  which 700 steps are few. Rotary positions and LOOPE's order may gain for the same reason.
 - `sparse-pixels` makes a token of each of the few pixels it picks, and first has to learn which.
 - `neurn` keeps local contrast and drops intensity and colour, for the sake of images from elsewhere, which are not in
   this comparison: it costs little on Fashion-MNIST and much on CIFAR-10.
@@ -83,8 +81,9 @@ def main() -> None:
                     "json": json.dumps(results, ensure_ascii=False) + "\n",
                 }
                 for ending, text in written.items():
-                    # the name of the data, not where they lie on one machine
-                    write_text(options.out / f"{file}.{ending}", text.replace(where, Path(where).name))
+                    # the names of the data and of the folder, not where they lie on one machine
+                    text = text.replace(where, Path(where).name).replace(f"{folder.resolve().parent}/", "")
+                    write_text(options.out / f"{file}.{ending}", text)
     write_text(options.out / "index.md", page(found, controls, studies))
 
 
