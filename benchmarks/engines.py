@@ -133,7 +133,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="vit_small_patch16_224")
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--merge", default="", help="shares of tokens to merge, on top of OpenVINO's int8")
+    parser.add_argument("--merge", default="", help="shares of tokens to merge, on top of OpenVINO's int8+bf16")
     parser.add_argument("--engines", default=",".join(ENGINES))
     parser.add_argument("--skip-peers", action="store_true")
     parser.add_argument("--seconds", type=float, default=120, help="of measuring")
@@ -179,7 +179,7 @@ def main() -> None:
                 continue
             for suffix, source in sources.items():
                 for precision in module.precisions():
-                    if suffix and (name != "openvino" or precision == "f32"):
+                    if suffix and (name != "openvino" or precision != module.precisions()[-1]):
                         continue
                     label = f"{name} {precision}{suffix}"
                     try:

@@ -49,29 +49,31 @@ class DenseMerge(nn.Module):
         if layout.rotation is not None or layout.valid is not None:
             raise BadInput(_PYTORCH_ONLY)
         num_prefix = layout.num_prefix
-        prefix, patches = x[:, :num_prefix], x[:, num_prefix:]
-        num_merges = min(self.num_merges, patches.shape[1] // 2)
+        first = num_prefix % 2
+        rows_a, rows_b = x[:, num_prefix + first :: 2], x[:, num_prefix + 1 - first :: 2]
+        num_a, num_patches = rows_a.shape[1], x.shape[1] - num_prefix
+        num_merges = min(self.num_merges, num_patches // 2)
         if num_merges == 0:
             return x, layout
-        num_kept = patches.shape[1] - num_merges
-        first = num_prefix % 2
-        rows_a, rows_b = patches[:, first::2], patches[:, 1 - first :: 2]
-        num_a, stay = rows_a.shape[1], num_kept - rows_b.shape[1]
-        unit = F.normalize(keys[:, :, num_prefix:].mean(1), dim=-1)
-        score, partner = (unit[:, first::2] @ unit[:, 1 - first :: 2].mT).max(-1)
+        num_kept = num_patches - num_merges
+        stay = num_kept - rows_b.shape[1]
+        # products and roots as they stand: exporters write `@` and F.normalize with copies of both factors
+        metric = keys.mean(1)[:, num_prefix:]
+        unit = metric * (metric * metric).sum(-1, keepdim=True).clamp(min=1e-24).rsqrt()
+        score, partner = torch.bmm(unit[:, first::2], unit[:, 1 - first :: 2].mT).max(-1)
         merged = ranks(score) < num_merges
         places = torch.arange(num_kept, device=x.device)
         to_a = torch.where(merged, partner + stay, places[:num_a] - merged.to(torch.int64).cumsum(1))
         weight = (to_a[:, None, :] == places[:, None]).to(x.dtype)
-        size_b = x.new_ones(1, 1).expand(x.shape[0], rows_b.shape[1])
+        size_b = x.new_ones(x.shape[0], rows_b.shape[1])
         if layout.sizes is not None:
             weight = weight * layout.sizes[:, None, first::2].to(x.dtype)
             size_b = layout.sizes[:, 1 - first :: 2].to(x.dtype)
         sizes = weight.sum(-1) + F.pad(size_b, (stay, 0))
         # means, not sums: the long rows are multiplied once
         weight = weight / sizes.unsqueeze(-1)
-        into_b = weight[:, stay:] @ rows_a + rows_b * (size_b / sizes[:, stay:]).unsqueeze(-1)
-        tokens = torch.cat([prefix, weight[:, :stay] @ rows_a, into_b], 1)
+        into_b = torch.bmm(weight[:, stay:], rows_a) + rows_b * (size_b / sizes[:, stay:]).unsqueeze(-1)
+        tokens = torch.cat([x[:, :num_prefix], torch.bmm(weight[:, :stay], rows_a), into_b], 1)
         layout = layout.replace(sizes=sizes)
         return tokens, layout if self.proportional else without_size_bias(layout)
 
@@ -123,7 +125,7 @@ class DenseMergeAbove(nn.Module):
             weight = weight * size[:, None].to(x.dtype)
         sizes = weight.sum(-1)
         # rows of size 0 are padding and stay 0
-        tokens = torch.cat([prefix, (weight / sizes.clamp(min=1e-6).unsqueeze(-1)) @ rows], 1)
+        tokens = torch.cat([prefix, torch.bmm(weight / sizes.clamp(min=1e-6).unsqueeze(-1), rows)], 1)
         layout = layout.replace(sizes=sizes, valid=places < place[:, -1:] + 1)
         return tokens, layout if self.proportional else without_size_bias(layout)
 
