@@ -133,6 +133,33 @@ def test_a_table_is_made_again_only_when_rows_moved():
     torch.testing.assert_close(followed.rotation.of_block(0)[0, 0], reference(rope)[0, 0, [3, 4]])
 
 
+@pytest.mark.parametrize("kind", ["axial", "mixed", "DINOv3 by the longer side"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_turning_by_complex_numbers_is_timms_turning(kind, dtype, monkeypatch):
+    rope = ROPES[kind]().to(dtype)
+    layout = TokenLayout(grid=GRID, prefix=(("class", 1),))
+    layout = layout.replace(rotation=RotaryTable.start(rope, layout))
+    wide = torch.randn(2, 4, 36, 34, dtype=dtype)
+    memory = {
+        "rows": wide[..., :16].contiguous(),
+        "part of wider rows": wide[..., 1:17],
+        "channels first": wide[..., :16].mT.contiguous().mT,
+        "odd rows": wide[..., :33].contiguous()[..., :16],
+    }
+    for x in memory.values():
+        q, k = x.requires_grad_().clone(memory_format=torch.preserve_format), x
+        found = Rotary(16, depth=1).rotate(q, k, layout)
+        monkeypatch.setattr(Rotary, "_by_complex_numbers", lambda *_: False)
+        expected = Rotary(16, depth=1).rotate(q, k, layout)
+        monkeypatch.undo()
+        tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-5
+        for a, b in zip(found, expected):
+            assert a.dtype == dtype
+            torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
+        slopes = [torch.autograd.grad(out[1].square().sum(), x)[0] for out in (found, expected)]
+        torch.testing.assert_close(*slopes, atol=tolerance * 10, rtol=tolerance)
+
+
 def test_frames_of_a_video_share_their_places():
     rope = ROPES["axial"]().eval()
     table = RotaryTable.start(rope, TokenLayout(grid=(3, *GRID))).of_block(0)

@@ -78,9 +78,12 @@ class Rotary(nn.Module):
             table = _padded(table, rows, layout)
 
         turn = _complex_turn(table) if self._by_complex_numbers(q, table) else partial(self._real_turn, table)
-        return tuple(
-            torch.cat([x[:, :, :prefix], turn(x[:, :, prefix:])], dim=2) if prefix else turn(x) for x in (q, k)
-        )
+
+        def turned(x: Tensor) -> Tensor:
+            patches = turn(x[:, :, prefix:])
+            return torch.cat([x[:, :, :prefix], patches], dim=2) if prefix else patches
+
+        return turned(q), turned(k)
 
     def _by_complex_numbers(self, q: Tensor, table: Tensor) -> bool:
         # compilers and exporters know none, and fuse what is slow without
@@ -146,7 +149,14 @@ def _complex_turn(table: Tensor) -> Callable[[Tensor], Tensor]:
     """One complex product in place of five real passes, for pairs of neighbouring channels."""
     sin, cos = table[..., ::2].chunk(2, dim=-1)
     turns = torch.complex(cos, sin)
-    return lambda x: torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * turns).flatten(-2)
+
+    def turn(x: Tensor) -> Tensor:
+        # a pair must lie together, at an even place
+        in_pairs = x.stride(-1) == 1 and all(n % 2 == 0 for n in (x.storage_offset(), *x.stride()[:-1]))
+        pairs = (x if in_pairs else x.contiguous()).unflatten(-1, (-1, 2))
+        return torch.view_as_real(torch.view_as_complex(pairs) * turns).flatten(-2)
+
+    return turn
 
 
 def _mixed_table(freqs: Tensor, places: Tensor) -> Tensor:
