@@ -7,9 +7,8 @@ the tokens: after merging, dropping or permuting, every token is turned by the p
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -67,31 +66,31 @@ class Rotary(nn.Module):
                 "layout that vit.embed(images) returns."
             )
         # a caller of single blocks may hand over a layout whose rows moved since the tables were made
-        table = layout.rotation.at(layout).of_block(self.depth_index or 0)
-        rows, prefix = q.shape[-2] - layout.num_prefix, layout.num_prefix
-        if table.shape[-1] != 2 * q.shape[-1]:
+        rotation, depth, prefix = layout.rotation.at(layout), self.depth_index or 0, layout.num_prefix
+        as_complex = self._by_complex_numbers(q, rotation.dtype)
+        table = rotation.turns_of_block(depth) if as_complex else rotation.of_block(depth)
+        channels = table.shape[-1] * 2 if as_complex else table.shape[-1] // 2
+        if channels != q.shape[-1]:
             raise BadInput(
-                f"The rotary tables turn {table.shape[-1] // 2} channels per head and block {self.depth_index} has "
+                f"The rotary tables turn {channels} channels per head and block {self.depth_index} has "
                 f"{q.shape[-1]}; keep the width of the heads, or put another rotating part into the slot."
             )
-        if table.shape[-2] != rows:
-            table = _padded(table, rows, layout)
-
-        turn = _complex_turn(table) if self._by_complex_numbers(q, table) else partial(self._real_turn, table)
+        table = _padded(table, q.shape[-2] - prefix, layout)
 
         def turned(x: Tensor) -> Tensor:
-            patches = turn(x[:, :, prefix:])
+            rows = x[:, :, prefix:]
+            if as_complex:
+                patches = _complex_turn(rows, table)
+            else:
+                patches = apply_rot_embed_cat(rows, table, half=self.rotate_half).to(x.dtype)
             return torch.cat([x[:, :, :prefix], patches], dim=2) if prefix else patches
 
         return turned(q), turned(k)
 
-    def _by_complex_numbers(self, q: Tensor, table: Tensor) -> bool:
+    def _by_complex_numbers(self, q: Tensor, dtype: torch.dtype) -> bool:
         # compilers and exporters know none, and fuse what is slow without
         known = not (torch.compiler.is_compiling() or torch.jit.is_tracing())
-        return known and not self.rotate_half and q.dtype == table.dtype and q.dtype in (torch.float32, torch.float64)
-
-    def _real_turn(self, table: Tensor, x: Tensor) -> Tensor:
-        return apply_rot_embed_cat(x, table, half=self.rotate_half).to(x.dtype)
+        return known and not self.rotate_half and q.dtype == dtype and q.dtype in (torch.float32, torch.float64)
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, rotate_half={self.rotate_half}"
@@ -134,41 +133,48 @@ class RotaryTable:
         now = self.at(layout)
         return layout if now is self else layout.replace(rotation=now)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the tables of blocks."""
+        return self._mixed(0).dtype if _kind(self.rope) == MIXED else self.table.dtype
+
     def of_block(self, depth: int) -> Tensor:
         """(N, 2d), (H, N, 2d) or (B, 1 or H, N, 2d) of block ``depth``."""
         if _kind(self.rope) != MIXED:
             return self.table
+        freqs = self._mixed(depth)
+        angles = _mixed_angles(freqs, self.table)
+        # timm's get_mixed_freqs with fewer copies
+        both = torch.stack([angles.sin(), angles.cos()], dim=-2)
+        return both.repeat_interleave(2, dim=-1).flatten(-2).to(freqs.dtype)
+
+    def turns_of_block(self, depth: int) -> Tensor:
+        """The same as complex numbers exp(iθ), (…, N, d/2), for pairs of neighbouring channels."""
+        if _kind(self.rope) == MIXED:
+            freqs = self._mixed(depth)
+            angles = _mixed_angles(freqs, self.table)
+            return torch.polar(torch.ones_like(angles), angles).to(freqs.dtype.to_complex())
+        sin, cos = self.table[..., ::2].chunk(2, dim=-1)
+        return torch.complex(cos, sin)
+
+    def _mixed(self, depth: int) -> Tensor:
         freqs: Tensor = self.rope.freqs[:, depth]  # type: ignore[index]
-        if self.warp is not None:
-            # an augmented table is not rounded to the parameters' half precision, as in timm
-            freqs = freqs.to(torch.promote_types(freqs.dtype, torch.float32))
-        return _mixed_table(freqs, self.table)
+        # an augmented table is not rounded to the parameters' half precision, as in timm
+        return freqs if self.warp is None else freqs.to(torch.promote_types(freqs.dtype, torch.float32))
 
 
-def _complex_turn(table: Tensor) -> Callable[[Tensor], Tensor]:
-    """One complex product in place of five real passes, for pairs of neighbouring channels."""
-    sin, cos = table[..., ::2].chunk(2, dim=-1)
-    turns = torch.complex(cos, sin)
-
-    def turn(x: Tensor) -> Tensor:
-        # a pair must lie together, at an even place
-        in_pairs = x.stride(-1) == 1 and all(n % 2 == 0 for n in (x.storage_offset(), *x.stride()[:-1]))
-        pairs = (x if in_pairs else x.contiguous()).unflatten(-1, (-1, 2))
-        return torch.view_as_real(torch.view_as_complex(pairs) * turns).flatten(-2)
-
-    return turn
+def _complex_turn(x: Tensor, turns: Tensor) -> Tensor:
+    """(B, H, N, d) times (…, N, d/2): one complex product in place of five real passes."""
+    # a pair must lie together, at an even place
+    in_pairs = x.stride(-1) == 1 and all(n % 2 == 0 for n in (x.storage_offset(), *x.stride()[:-1]))
+    pairs = (x if in_pairs else x.contiguous()).unflatten(-1, (-1, 2))
+    return torch.view_as_real(torch.view_as_complex(pairs) * turns).flatten(-2)
 
 
-def _mixed_table(freqs: Tensor, places: Tensor) -> Tensor:
-    """(H, N, 2d) or (B, H, N, 2d): timm's ``get_mixed_freqs`` with fewer copies.
-
-    Args:
-        freqs: (2, H, d/2), of column and row.
-        places: (N, 2) or (B, 1, N, 2).
-    """
+def _mixed_angles(freqs: Tensor, places: Tensor) -> Tensor:
+    """Radians (H, N, d/2) or (B, H, N, d/2) in float32, of freqs (2, H, d/2), column and row, at places (…, N, 2)."""
     first, second = (places[..., i, None].float() * freqs[i].float().unsqueeze(-2) for i in (0, 1))
-    angles = first + second
-    return torch.stack([angles.sin(), angles.cos()], dim=-2).repeat_interleave(2, dim=-1).flatten(-2).to(freqs.dtype)
+    return first + second
 
 
 def draw_warp(rope: Any) -> tuple[Tensor, Tensor]:
@@ -262,12 +268,14 @@ def _kind(rope: object) -> str:
 def _padded(table: Tensor, rows: int, layout: TokenLayout) -> Tensor:
     """Rows that only pad a batch have no place; they are left unturned, and nobody looks at them."""
     missing = rows - table.shape[-2]
+    if not missing:
+        return table
     if layout.valid is None or layout.valid.shape[1] != rows or missing < 0:
         raise BadInput(
             f"The layout describes {table.shape[-2]} patch tokens and x has {rows}; change tokens and layout together, "
             "with layout.regroup or layout.take."
         )
-    width = table.shape[-1] // 2
-    sin, cos = table[..., :width], table[..., width:]
-    pad = torch.nn.functional.pad
-    return torch.cat([pad(sin, (0, 0, 0, missing)), pad(cos, (0, 0, 0, missing), value=1.0)], dim=-1)
+    unturned = table.new_ones(*table.shape[:-2], missing, table.shape[-1])
+    if not table.is_complex():
+        unturned[..., : table.shape[-1] // 2] = 0.0
+    return torch.cat([table, unturned], dim=-2)
