@@ -196,7 +196,7 @@ def kmeans(
     live, points, result = torch.arange(batch, device=x.device), x, centres.clone()
     for _ in range(steps):
         labels = _affinity(points, centres).max(2, keepdim=True).indices
-        hot = torch.zeros(len(points), restarts, num_clusters, num_nodes, dtype=x.dtype, device=x.device)
+        hot = torch.zeros(points.shape[0], restarts, num_clusters, num_nodes, dtype=x.dtype, device=x.device)
         hot = hot.scatter_(2, labels, 1.0) if weight is None else hot.scatter_(2, labels, 1.0) * weight[live]
         counts = hot.sum(-1, keepdim=True)
         sums = (hot.flatten(1, 2) @ points).unflatten(1, (restarts, -1))

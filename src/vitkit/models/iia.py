@@ -69,7 +69,7 @@ class RegisterAttention(nn.Module):
         q, k, v = self.qkv(x).unflatten(1, (3, self.num_heads, -1)).flatten(4).transpose(3, 4).unbind(1)
         k = k + self.relative(x.shape[2], x.shape[3])
         if self.register_kv is not None:
-            k_reg, v_reg = self.register_kv.unsqueeze(1).expand(-1, len(x), -1, -1, -1).unbind(0)
+            k_reg, v_reg = self.register_kv.unsqueeze(1).expand(-1, x.shape[0], -1, -1, -1).unbind(0)
             k, v = torch.cat([k, k_reg], 2), torch.cat([v, v_reg], 2)
         return q, k, v
 

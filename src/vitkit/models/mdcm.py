@@ -265,7 +265,7 @@ class StageHead(nn.Module):
         return self.norm_tokens(self.proj(self.norm_in(x)))
 
     def read(self, tokens: Tensor) -> Tensor:
-        state = self.cls_token.expand(len(tokens), -1, -1)
+        state = self.cls_token.expand(tokens.shape[0], -1, -1)
         query = self.norm1(state)
         state = state + self.attn(query, torch.cat([query.to(tokens.dtype), tokens], 1))
         return self.norm3(state + self.mlp(self.norm2(state)))[:, 0]

@@ -41,7 +41,7 @@ def join(tokens: Tensor, height: int, width: int, size: int, dilated: bool = Fal
     rows, cols = -(-height // p), -(-width // q)
     x = tokens.reshape(-1, rows, cols, p, q, tokens.shape[-1])
     x = x.permute(0, 5, 3, 1, 4, 2) if dilated else x.permute(0, 5, 1, 3, 2, 4)
-    return x.reshape(len(x), -1, rows * p, cols * q)[:, :, :height, :width].contiguous()
+    return x.reshape(x.shape[0], -1, rows * p, cols * q)[:, :, :height, :width].contiguous()
 
 
 def _groups(x: Tensor, p: int, q: int, dilated: bool) -> Tensor:

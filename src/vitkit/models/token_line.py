@@ -187,4 +187,4 @@ def on_planes(module: nn.Module, rows: Tensor, grid: tuple[int, ...]) -> Tensor:
     """A module on maps (B, E, h, w), on the patch rows (B, N, E) of a grid (h, w), or of every date of (T, h, w)."""
     h, w = grid[-2:]
     maps = module(rows.unflatten(1, (-1, h * w)).flatten(0, 1).transpose(1, 2).unflatten(2, (h, w)))
-    return as_tokens(maps).unflatten(0, (len(rows), -1)).flatten(1, 2)
+    return as_tokens(maps).unflatten(0, (rows.shape[0], -1)).flatten(1, 2)

@@ -64,7 +64,8 @@ def _static(source: Source, plain: Path, target: Path) -> None:
 
     class Images(CalibrationDataReader):
         def __init__(self) -> None:
-            self.batches = iter(np.array_split(source.calibration, -(-len(source.calibration) // 8)))
+            size = source.fixed_batch or 8
+            self.batches = iter(np.split(source.calibration, range(size, len(source.calibration), size)))
 
         def get_next(self) -> dict[str, np.ndarray] | None:
             batch = next(self.batches, None)

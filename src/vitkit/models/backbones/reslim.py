@@ -128,7 +128,7 @@ class ReslimEncoder(ViT):
         x = super()._add_positions(x, layout)
         given = layout.cond.get("resolution")
         resolution = torch.as_tensor(0.0 if given is None else given, dtype=x.dtype, device=x.device).reshape(-1)
-        if len(resolution) not in (1, len(x)):
+        if len(resolution) not in (1, x.shape[0]):
             raise BadInput(
                 f"resolution has {len(resolution)} values for {len(x)} fields; give one number in km, or one for each."
             )

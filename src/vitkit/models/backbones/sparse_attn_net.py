@@ -153,7 +153,7 @@ class SparseAttnNet(Backbone):
 
     def _enter(self, images: Tensor, chosen: Selection) -> State:
         tokens = self.selector.embed(images, chosen)
-        x = torch.cat([self.cls_token.expand(len(tokens), -1, -1).to(tokens.dtype), tokens], dim=1)
+        x = torch.cat([self.cls_token.expand(tokens.shape[0], -1, -1).to(tokens.dtype), tokens], dim=1)
         return State(x, chosen, None, self.aux_sink if self.aux_sink is not None else {})
 
     def as_map(self, state: State) -> Tensor:
@@ -180,7 +180,7 @@ def _layout(state: State) -> TokenLayout:
     chosen = state.chosen
     count = chosen.pixels.shape[1]
     rows = torch.arange(count, device=chosen.pixels.device).expand_as(chosen.pixels)
-    source = torch.full((len(rows), chosen.size[0] * chosen.size[1]), -1, device=rows.device)
+    source = torch.full((rows.shape[0], chosen.size[0] * chosen.size[1]), -1, device=rows.device)
     return TokenLayout(
         grid=chosen.size,
         prefix=(("class", 1),),

@@ -39,7 +39,7 @@ class PerFrame(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.ndim == 4:
             return self.module(x)
-        return self.module(x.transpose(1, 2).flatten(0, 1)).unflatten(0, (len(x), -1)).transpose(1, 2)
+        return self.module(x.transpose(1, 2).flatten(0, 1)).unflatten(0, (x.shape[0], -1)).transpose(1, 2)
 
 
 class TiMo(Pyramid):

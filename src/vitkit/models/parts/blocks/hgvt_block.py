@@ -177,7 +177,7 @@ class HgVTBlock(nn.Module):
                 f"which is no hgvt-block or was left out. Give first= the index of the first hgvt-block."
             )
         num_prefix = layout.num_prefix
-        x = torch.cat([x[:, :num_prefix], self.states.expand(len(x), -1, -1).to(x.dtype), x[:, num_prefix:]], 1)
+        x = torch.cat([x[:, :num_prefix], self.states.expand(x.shape[0], -1, -1).to(x.dtype), x[:, num_prefix:]], 1)
         for name, count in self.counts.items():
             layout = layout.with_prefix(name, count)
         return x, layout

@@ -66,7 +66,7 @@ class DCTWindowAttention(WindowAttention):
         bias = self._get_rel_pos_bias()  # (1, h, n, n)
         if mask is not None:
             # windows of one image are adjacent in the batch
-            images = len(x) // len(mask)
+            images = x.shape[0] // mask.shape[0]
             bias = (bias + mask.unsqueeze(1)).repeat(images, 1, 1, 1)
         dropout = self.attn_drop.p if self.training else 0.0
         z = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), dropout_p=dropout, scale=self.scale)

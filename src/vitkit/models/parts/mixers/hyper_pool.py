@@ -109,12 +109,12 @@ class HyperPool(nn.Module):
     def membership(self, x: Tensor, layout: TokenLayout) -> Membership:
         """Of the patches of x (B, P+N, D) in the hyperedges."""
         valid = layout.valid
-        edges = self.norm1(self.edges.expand(len(x), -1, -1))
+        edges = self.norm1(self.edges.expand(x.shape[0], -1, -1))
         return self.adjacency(x[:, layout.num_prefix :], edges, None if valid is None else valid.unsqueeze(2))
 
     def forward(self, x: Tensor, layout: TokenLayout) -> Tensor:
         patches, links = x[:, layout.num_prefix :], self.membership(x, layout)
-        edges = self.edges.expand(len(x), -1, -1)
+        edges = self.edges.expand(x.shape[0], -1, -1)
         edges = edges + aggregate(self.aggregate, self.norm1(edges), patches, links, log_sizes(layout, patches))
         update = distribute(self.distribute, patches, self.norm2(edges), links)
         return torch.cat([attend_from_prefix(self.prefix, x, layout, "hyper-pool"), update], 1)

@@ -134,7 +134,9 @@ class HypergraphAttention(nn.Module):
     def _centers(self, x: Tensor, layout: TokenLayout, num: int) -> Tensor:
         patches, valid, num_patches = x[:, layout.num_prefix :], layout.valid, x.shape[1] - layout.num_prefix
         if self.choose == "random":
-            return scattered(num, num_patches, x.device, shuffle=self.training, valid=valid)[:, 0].expand(len(x), -1)
+            return scattered(num, num_patches, x.device, shuffle=self.training, valid=valid)[:, 0].expand(
+                x.shape[0], -1
+            )
         if self.choose == "kmeans":
             labels, means = kmeans(patches, num, shuffle=self.training, valid=valid)
             near = means @ unit(patches).transpose(1, 2)

@@ -106,7 +106,7 @@ class Mamba(nn.Module):
         u, z = self.in_proj(rows).chunk(2, -1)
         count = num_prefix if self.joins else 0
         if self.score is None:
-            paths = self.line.paths(layout, len(x), x.device, count)
+            paths = self.line.paths(layout, x.shape[0], x.device, count)
         else:
             score = self.score(rows)
             u = u * score.sigmoid()

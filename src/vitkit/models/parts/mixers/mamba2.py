@@ -150,7 +150,7 @@ class Mamba2(nn.Module):
     def forward(self, x: Tensor, layout: TokenLayout) -> Tensor:
         num_prefix = layout.num_prefix
         rows = x if self.joins else x[:, num_prefix:]
-        paths = self.line.paths(layout, len(x), x.device, num_prefix if self.joins else 0)
+        paths = self.line.paths(layout, x.shape[0], x.device, num_prefix if self.joins else 0)
         z, mixed, step = self.in_proj(rows).split(self.sizes, -1)
         lines, steps = self.line.gather(mixed, paths), self.line.gather(step, paths)
         if paths.still is not None:

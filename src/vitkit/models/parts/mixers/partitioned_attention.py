@@ -67,7 +67,7 @@ class PartitionedAttention(Attention):
         if self.blocks == 1:
             return super().forward(x, layout)
         h, w = layout.require_full_grid("Partitioned attention")
-        num_prefix, batch = layout.num_prefix, len(x)
+        num_prefix, batch = layout.num_prefix, x.shape[0]
         prefix, patches = x[:, :num_prefix], x[:, num_prefix:]
         blocks, real = self._cut(patches, h, w)
         copies = prefix.repeat_interleave(self.blocks, 0)
@@ -100,7 +100,7 @@ class PartitionedAttention(Attention):
         rows, cols = self.cut
         sides = (-(-h // rows), -(-w // cols))
         grid = blocks.reshape(-1, rows, cols, *sides, blocks.shape[-1]).transpose(2, 3)
-        grid = grid.reshape(len(grid), rows * sides[0], cols * sides[1], -1)
+        grid = grid.reshape(grid.shape[0], rows * sides[0], cols * sides[1], -1)
         return grid[:, :h, :w].flatten(1, 2)
 
     def extra_repr(self) -> str:

@@ -155,7 +155,7 @@ class S4D(nn.Module):
     def forward(self, x: Tensor, layout: TokenLayout) -> Tensor:
         num_prefix = layout.num_prefix
         rows = x if self.joins else x[:, num_prefix:]
-        paths = self.line.paths(layout, len(x), x.device, num_prefix if self.joins else 0)
+        paths = self.line.paths(layout, x.shape[0], x.device, num_prefix if self.joins else 0)
         lines = self.line.gather(rows, paths)
         if paths.still is not None:
             # padding stands at an end of each path, where silence changes nothing

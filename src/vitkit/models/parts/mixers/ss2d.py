@@ -113,7 +113,7 @@ class SS2D(nn.Module):
 
     def scan(self, u: Tensor, layout: TokenLayout, num_prefix: int = 0) -> Tensor:
         """The cross-scan alone: inner tokens (B, P+N, E) with ``num_prefix`` prefix rows → their sum over the paths."""
-        paths = self.line.paths(layout, len(u), u.device, num_prefix)
+        paths = self.line.paths(layout, u.shape[0], u.device, num_prefix)
         dates = self.line.side_by_side(layout, num_prefix)
         y = self.ssm(apart(self.line.gather(u, paths), dates), common=dates)
         return self.line.restore(in_turn(y, dates), paths).sum(2)

@@ -257,7 +257,7 @@ def circuit_unitary(angles: Tensor, recompute: bool = False) -> Tensor:
     """
     layers, qubits = angles.shape[1], angles.shape[2]
     dtype = torch.complex128 if angles.dtype == torch.float64 else torch.complex64
-    state = torch.eye(2**qubits, dtype=dtype, device=angles.device).expand(len(angles), -1, -1)
+    state = torch.eye(2**qubits, dtype=dtype, device=angles.device).expand(angles.shape[0], -1, -1)
     stride = math.isqrt(layers - 1) + 1 if recompute else layers
     for first in range(0, layers, stride):
         part = angles[:, first : first + stride]
@@ -275,7 +275,7 @@ def _run_layers(state: Tensor, angles: Tensor, first: int) -> Tensor:
         left = 1
         for block in _blocks(gates[:, index], odd=(first + index) % 2 == 1):
             size = block.shape[-1]
-            view = state.reshape(len(state), left, size, state.shape[1] * state.shape[2] // (left * size))
+            view = state.reshape(state.shape[0], left, size, state.shape[1] * state.shape[2] // (left * size))
             state = (block.unsqueeze(1) @ view).reshape(state.shape)
             left *= size
     return state

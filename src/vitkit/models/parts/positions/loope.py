@@ -190,6 +190,6 @@ class PatchShift(nn.Module):
             # in float32: bilinear resizing of bfloat16 is not available everywhere
             images = F.interpolate(images.float(), size=self.size, mode="bilinear").to(images.dtype)
         planes = self.planes.value
-        pixels = torch.cat([images.to(planes.dtype), planes.expand(len(images), -1, -1, -1)], dim=1)
+        pixels = torch.cat([images.to(planes.dtype), planes.expand(images.shape[0], -1, -1, -1)], dim=1)
         hidden = self.norm(self.features(pixels))
         return self.to_shift(hidden.flatten(1)).float().tanh() * _BELOW_ONE

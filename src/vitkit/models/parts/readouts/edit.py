@@ -133,7 +133,7 @@ class EDITDecoder(nn.Module):
 
     def _decode(self, states: States, blocks: nn.Module | None, maps: list[Tensor] | None) -> Tensor:
         read, encoder = self.read(states), self._encoder(blocks)
-        state = self.state.expand(len(read[0][0]), -1, -1)
+        state = self.state.expand(read[0][0].shape[0], -1, -1)
         for i, (x, layout) in enumerate(read):
             own: Any = encoder[i] if self.share == "all" else self.layers[i]
             first = own if self.share == "none" else encoder[i]
@@ -244,7 +244,7 @@ def _attend(
         return owner.attn(q_tokens, kv_tokens, bias, mask), None
     attn: Attention = owner.attn
     q, k, v = _project(attn, q_tokens, kv_tokens)
-    logits = None if bias is None else bias.expand(len(x), -1, -1, -1)
+    logits = None if bias is None else bias.expand(x.shape[0], -1, -1, -1)
     if mask is not None:
         # finite, so that an image of padding alone gives no NaN
         zeros = torch.zeros(mask.shape, dtype=x.dtype, device=x.device) if logits is None else logits

@@ -286,7 +286,7 @@ class Charm(nn.Module):
             grid = (plan.padded[0] // self.patch_size[0], plan.padded[1] // self.patch_size[1])
             return self._embed(images).flatten(2).transpose(1, 2).contiguous(), CharmLayout(grid=grid, plans=(plan,))
         shown = self._arrangement(images, plan)
-        batch, tokens = len(images), []
+        batch, tokens = images.shape[0], []
         for scale, place in enumerate(shown.places):
             if not place.shape[1]:
                 continue

@@ -116,7 +116,7 @@ class SparsePixels(nn.Module):
         chosen = self.select(images)
         tokens = self.selector.embed(images, chosen)
         rows = torch.arange(chosen.pixels.shape[1], device=images.device).expand_as(chosen.pixels)
-        source = torch.full((len(rows), chosen.size[0] * chosen.size[1]), -1, device=images.device)
+        source = torch.full((rows.shape[0], chosen.size[0] * chosen.size[1]), -1, device=images.device)
         edits: tuple[LogitEdit, ...] = ()
         if self.training and self.distill:
             # the logits of the host are the one place where its attention can be seen; nothing is added to them
@@ -132,7 +132,7 @@ class SparsePixels(nn.Module):
         # grid_sample wants (x, y) in [-1, 1]
         places = coords.flip(-1).unsqueeze(1) * 2 - 1
         found = F.grid_sample(
-            cells.expand(len(places), -1, -1, -1), places.to(cells), padding_mode="border", align_corners=False
+            cells.expand(places.shape[0], -1, -1, -1), places.to(cells), padding_mode="border", align_corners=False
         )
         return found.squeeze(2).transpose(1, 2).to(table.dtype)
 
