@@ -7,6 +7,7 @@ import torch
 from timm.layers import resample_abs_pos_embed
 
 from vitkit.anatomy import host
+from vitkit.compress.merge.tome import tome
 from vitkit.deploy import deploy
 from vitkit.deploy.any_size import any_size
 from vitkit.deploy.engines import Setting, engine
@@ -73,6 +74,19 @@ def test_an_artefact_of_free_size(model, images, tmp_path):
         found.run(np.zeros((2, 1, 14, 7)))
     with pytest.raises(BadInput, match="choose one"):
         deploy(model, images, out=tmp_path / "b", bake=True, free_size=True)
+
+
+def test_a_merging_model_takes_other_sizes_too(model, images, tmp_path):
+    new, step = any_size(model)
+    assert any_size(new) == (new, step)
+    merged, _ = tome(new, r=2)
+    source = Source(merged, images, tmp_path, free_size=True)
+    assert source.side_step == step
+    program = source.program().module()
+    with torch.no_grad():
+        for size in ((8, 8), (10, 14)):
+            x = torch.rand(3, 1, *size)
+            torch.testing.assert_close(program(x), merged(x), atol=1e-5, rtol=1e-4)
 
 
 def test_what_is_made_for_one_size_is_refused(images, tmp_path):

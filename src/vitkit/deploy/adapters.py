@@ -30,5 +30,5 @@ def folded(model: nn.Module) -> nn.Module:
 def _merged(model: nn.Module) -> nn.Module:
     try:
         return model.merge_and_unload(safe_merge=True)  # type: ignore[operator]
-    except (ValueError, NotImplementedError, AttributeError) as error:
+    except (ValueError, NotImplementedError) as error:
         raise BadInput(f"PEFT cannot add the adapters to the weights: {error}") from error

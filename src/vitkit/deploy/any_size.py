@@ -29,10 +29,12 @@ def any_size(model: nn.Module) -> tuple[nn.Module, int]:
     if vit is None:
         return model, _USUAL_STRIDE
     tokenizer = vit.patch_embed
+    if getattr(tokenizer, "pick_positions", None) is _resized:
+        return model, math.lcm(*tokenizer.patch_size)
     if getattr(tokenizer, "slot", None) == "tokenizer" or hasattr(tokenizer, "pick_positions"):
-        raise BadInput(f"{type(tokenizer).__name__} makes its tokens for one image size; deploy without any_size.")
+        raise BadInput(f"{type(tokenizer).__name__} makes its tokens for one image size; deploy without free_size.")
     if vit.position is not None:
-        raise BadInput(f"{type(vit.position).__name__} places tokens for one image size; deploy without any_size.")
+        raise BadInput(f"{type(vit.position).__name__} places tokens for one image size; deploy without free_size.")
     new = deepcopy(model)
     vit = find_host(new)
     assert vit is not None

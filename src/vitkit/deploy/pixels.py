@@ -14,7 +14,8 @@ class FromPixels(nn.Module):
 
     The same as :func:`vitkit.data.decode.resample` on the region of :func:`vitkit.data.decode.fit_box`, an antialiased
     triangle filter, within one step of 255 (Pillow rounds between rows and columns, this once). An image that has the
-    size already passes unchanged. On a large photograph the two matrix products take as long as a small ViT.
+    size already passes unchanged. The two matrix products take about 0.7 G multiply-adds a megapixel
+    of RGB at 224 rows.
 
     Args:
         image_size: (H, W) of the result.
