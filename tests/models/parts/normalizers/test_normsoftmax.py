@@ -44,6 +44,18 @@ def test_masked_tokens_change_nothing_for_the_others() -> None:
     assert padded[..., 4:, :].eq(0).all() and padded[..., 4:].eq(0).all()
 
 
+def test_a_graph_knows_no_values_and_agrees() -> None:
+    scores = torch.randn(2, 3, 5, 5) * 7 + 2
+    compiled = torch.compile(NormSoftmax(), backend="eager", fullgraph=True)
+    for example in (scores, scores.masked_fill(scores < 0, -torch.inf)):
+        torch.testing.assert_close(compiled(example), NormSoftmax()(example))
+
+
+def test_a_broken_model_is_seen_and_an_empty_batch_stays_empty() -> None:
+    assert NormSoftmax()(torch.full((1, 1, 2, 2), torch.nan)).isnan().all()
+    assert NormSoftmax()(torch.zeros(0, 3, 4, 4)).shape == (0, 3, 4, 4)
+
+
 def test_eps_must_be_positive() -> None:
     with pytest.raises(BadInput, match="eps=0"):
         NormSoftmax(eps=0)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from vitkit.models.build import build
 from vitkit.models.parts.normalizers.softmax import Softmax
@@ -50,6 +52,31 @@ def test_a_row_of_forbidden_scores_gives_zeros_and_finite_gradients() -> None:
     weights.square().sum().backward()
     assert torch.isfinite(scores.grad).all()
     assert Softmax()(torch.full((1, 1, 1, 2), torch.nan)).isnan().all()  # a broken model is seen
+
+
+@given(
+    seed=st.integers(0, 1000),
+    shape=st.tuples(st.integers(1, 2), st.integers(1, 3), st.integers(1, 6), st.integers(1, 6)),
+    closed=st.sampled_from([0.0, 0.3, 0.7]),
+    masked=st.booleans(),
+)
+def test_what_the_first_key_allows_does_not_matter(
+    seed: int, shape: tuple[int, int, int, int], closed: float, masked: bool
+) -> None:
+    torch.manual_seed(seed)
+    scores = torch.randn(shape)
+    mask = torch.rand(shape[0], 1, *shape[2:]) >= closed
+    given_ = (scores, mask) if masked else (scores.masked_fill(~mask, -torch.inf), None)
+    exp = scores.exp() * mask
+    expected = exp / exp.sum(-1, keepdim=True).clamp(min=1e-30)
+    torch.testing.assert_close(Softmax()(*given_), expected)
+
+
+def test_a_graph_knows_no_values_and_agrees() -> None:
+    scores = torch.randn(2, 3, 4, 5).masked_fill(torch.rand(2, 3, 4, 5) < 0.5, -torch.inf)
+    compiled = torch.compile(Softmax(), backend="eager", fullgraph=True)
+    for example in (scores, scores.masked_fill(scores == -torch.inf, 0.0)):
+        torch.testing.assert_close(compiled(example), Softmax()(example))
 
 
 def test_it_has_a_name() -> None:

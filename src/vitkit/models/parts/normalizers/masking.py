@@ -37,8 +37,7 @@ def refuse_forbidden(scores: Tensor, who: str) -> None:
 
     Raises: BadInput if there is one.
     """
-    # subclasses of tensors stand for values that are not known yet
-    if torch.compiler.is_compiling() or scores.is_meta or type(scores) is not Tensor:
+    if not values_known(scores):
         return
     if bool((scores < 0.5 * torch.finfo(scores.dtype).min).any()):
         raise BadInput(
@@ -46,6 +45,13 @@ def refuse_forbidden(scores: Tensor, who: str) -> None:
             "zero there in general; take the mask away, or use the normalizer 'sinkhorn', which leaves forbidden "
             "entries at zero."
         )
+
+
+def values_known(scores: Tensor) -> bool:
+    """Whether Python may branch on the values: not while a graph is recorded for values that come later."""
+    recording = torch.compiler.is_compiling() or torch.jit.is_tracing() or scores.is_meta
+    # subclasses of tensors stand for values that are not known yet
+    return not recording and type(scores) is Tensor
 
 
 def full_precision(scores: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from vitkit.errors import BadInput
-from vitkit.models.parts.normalizers.masking import full_precision
+from vitkit.models.parts.normalizers.masking import full_precision, values_known
 from vitkit.models.spec import PartSpec
 
 
@@ -44,15 +44,22 @@ class NormSoftmax(nn.Module):
         s = full_precision(scores)
         if mask is not None:
             s = s.masked_fill(~mask, -torch.inf)
+        if s.is_cpu and s.numel() and values_known(s) and bool(s.detach().amin() > -torch.inf):
+            # nothing to leave out, the common case: half of the passes over the scores
+            centred = s - s.detach().mean((-2, -1), keepdim=True)
+            return self._unit_spread(centred, centred, s.shape[-2] * s.shape[-1]).softmax(-1).to(scores.dtype)
         # NaN scores are not shut out, so that a broken model is seen
         shut, alive = s == -torch.inf, s.detach().amax(-1, keepdim=True) != -torch.inf
         s = s.masked_fill(shut, 0.0)
         count = (s.shape[-2] * s.shape[-1] - shut.sum((-2, -1), keepdim=True)).clamp(min=1)
-        # the mean is taken off before dividing: equal scores must stay equal after division by a tiny eps
         s = s - s.detach().sum((-2, -1), keepdim=True) / count
-        length = torch.linalg.vector_norm(s.detach().masked_fill(shut, 0.0), dim=(-2, -1), keepdim=True)
-        s = s / (length / count.sqrt()).clamp(min=self.eps)
+        s = self._unit_spread(s, s.masked_fill(shut, 0.0), count)
         return (s.masked_fill(shut & alive, -torch.inf).softmax(-1) * alive).to(scores.dtype)
+
+    def _unit_spread(self, s: Tensor, allowed: Tensor, count: Tensor | int) -> Tensor:
+        # the mean is taken off before dividing: equal scores must stay equal after division by a tiny eps
+        length = torch.linalg.vector_norm(allowed.detach(), dim=(-2, -1), keepdim=True)
+        return s / (length / count**0.5).clamp(min=self.eps)
 
     def extra_repr(self) -> str:
         return f"eps={self.eps}"

@@ -217,17 +217,23 @@ def _table(rope: Any, layout: TokenLayout, warp: tuple[Tensor, Tensor] | None) -
 def _places(rope: Any, layout: TokenLayout) -> Tensor:
     """(N, 2) or (B, N, 2) token places in the units and the axis order of ``rope``."""
     device = _frequencies(rope).device
-    h, w = layout.grid[-2:]
+    grid = layout.grid[-2:]
     if layout.coords is None:
         # whole numbers, not rounded fractions
-        cells = torch.cartesian_prod(*(torch.arange(n, device=device, dtype=torch.float32) for n in (h, w)))
-        cells = cells.reshape(-1, 2).repeat(math.prod(layout.grid[:-2]), 1)
+        cells = [torch.arange(n, device=device, dtype=torch.float32) for n in grid]
     else:
         coords = layout.coords.to(device, torch.float32)
-        cells = torch.stack([coords[..., 0] * h, coords[..., 1] * w], dim=-1) - 0.5
+        cells = [coords[..., i] * n - 0.5 for i, n in enumerate(grid)]
     reference = getattr(rope, "ref_feat_shape", None) or (None, None)
-    axes = [_axis(rope, cells[..., i], i, (h, w), reference[i]) for i in (0, 1)]
-    return torch.stack(axes[::-1] if rope.grid_indexing == "xy" else axes, dim=-1)
+    axes = [_axis(rope, cells[i], i, grid, reference[i]) for i in (0, 1)]
+    if layout.coords is None:
+        axes = list(torch.meshgrid(*axes, indexing="ij"))
+    places = torch.stack(axes[::-1] if rope.grid_indexing == "xy" else axes, dim=-1)
+    if layout.coords is not None:
+        return places
+    images = math.prod(layout.grid[:-2])
+    # repeat copies, even once
+    return places.reshape(-1, 2) if images == 1 else places.reshape(-1, 2).repeat(images, 1)
 
 
 def _axis(rope: Any, cell: Tensor, axis: int, grid: Sequence[int], reference: int | None) -> Tensor:
@@ -241,7 +247,7 @@ def _axis(rope: Any, cell: Tensor, axis: int, grid: Sequence[int], reference: in
         over = {"separate": size, "min": min(grid), "max": max(grid)}[rope.normalize_coords]
         place = (cell + 0.5 + offset) / over
     else:
-        place = cell + offset
+        place = cell + offset if offset else cell
     if reference is not None:
         place = place / size * reference
     return 2 * place - 1 if kind == "centered" else place
