@@ -6,15 +6,13 @@ One layer of a ViT-Ti (width 192, 3 heads, a grid of 14×14 and a class token, b
 in eval mode. The references in ``references.py`` are the formulas in plain PyTorch with the part's own weights, all of
 them moved away from their starting values, many of which are zero. Outputs must agree to 1e-4 of the reference's
 largest value, or of 1 where that is smaller; ``max_diff`` is the largest difference. ``ratio`` is the median over
-rounds of the part's time over the reference's. Target: at most 1.2. With glibc, freed memory stays with the process:
-given back to the system it is cleared page by page for whoever takes it next, which made the same convolutions 1.3
-times as slow in the turn of one as in the turn of the other.
+rounds of the part's time over the reference's. Target: at most 1.2. Freed memory stays with the process
+(``memory.py``); without that the same convolutions took 1.3 times as long in one's turn as in the other's.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import platform
 from collections.abc import Callable
@@ -23,6 +21,7 @@ from typing import Any, NamedTuple
 
 import references
 import torch
+from memory import keep_freed_memory
 from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
@@ -132,13 +131,6 @@ def measure(name: str, slot: str, cls: Any, rounds: int) -> dict[str, object]:
         "part": name, "slot": slot, "ms": round(times["part"][0], 3), "reference_ms": round(times["reference"][0], 3),
         "ratio": round(times["part"][2], 2), "max_diff": float(f"{difference:.1g}"),
     }  # fmt: skip
-
-
-def keep_freed_memory() -> None:
-    """Numbers from malloc.h: M_TRIM_THRESHOLD −1, M_TOP_PAD −2, M_MMAP_MAX −4."""
-    if platform.libc_ver()[0] == "glibc":
-        for setting, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**26)):
-            ctypes.CDLL(None).mallopt(setting, value)
 
 
 def main() -> None:
