@@ -90,7 +90,12 @@ def test_the_best_batch_is_measured(vit, monkeypatch):
     # 10 ms a batch and 1 ms an image: twice the batch is worth it until the fixed part hardly counts
     monkeypatch.setattr(TorchModel, "_seconds", lambda self, images: 0.010 + 0.001 * len(images))
     assert TorchModel(vit).best_batch == 64
-    monkeypatch.setattr(TorchModel, "_seconds", lambda self, images: 0.001 * len(images))
+    # as fast alone: several together as long as nobody waits for it
+    monkeypatch.setattr(TorchModel, "_seconds", lambda self, images: 0.02 * len(images))
+    assert TorchModel(vit).best_batch == 4
+    monkeypatch.setattr(TorchModel, "_seconds", lambda self, images: 0.2 * len(images))
+    assert TorchModel(vit).best_batch == 1
+    monkeypatch.setattr(TorchModel, "_seconds", lambda self, images: 0.001 * len(images) ** 1.2)
     assert TorchModel(vit).best_batch == 1
     monkeypatch.setattr(TorchModel, "_seconds", lambda self, images: 0.3 + 0.1 * len(images))
     assert TorchModel(vit).best_batch == 1 + 1

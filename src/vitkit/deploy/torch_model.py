@@ -18,6 +18,8 @@ from vitkit.models.io import load_model
 _LARGEST_BATCH = 64
 #: a batch this slow is not doubled any more: what it could gain would be paid in waiting
 _SLOW_S = 0.4
+#: up to here a larger batch need not be faster per image: it spares the server work
+_QUICK_S = 0.1
 
 
 class TorchModel:
@@ -101,9 +103,10 @@ class TorchModel:
         while batch <= _LARGEST_BATCH:
             images = self._blank(batch)
             seconds = min(self._seconds(images) for _ in range(3))
-            # a larger batch is only worth its wait if it is clearly faster
-            if seconds / batch < 0.95 * fastest:
-                best, fastest = batch, seconds / batch
+            each = seconds / batch
+            if each < 0.95 * fastest or (each < 1.05 * fastest and seconds <= _QUICK_S):
+                best = batch
+            fastest = min(fastest, each)
             if seconds > _SLOW_S:
                 break
             batch *= 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import signal
@@ -249,3 +250,37 @@ def test_what_could_not_be_answered_is_told(served, monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
         run.run(run.Job(Path("x"), Limits()), socket.socket())
     assert ended.value.code == 1 and "before everything was answered" in capsys.readouterr().err
+
+
+def test_the_model_runs_in_the_thread_that_loaded_it(served, monkeypatch):
+    threads = []
+
+    def load(path):
+        threads.append(threading.current_thread())
+        return served
+
+    def ask(self, sockets):
+        async def once():
+            threads.append(await self.batcher.call(threading.current_thread))
+            await self.batcher.close()
+
+        asyncio.run(once())
+
+    monkeypatch.setattr(run, "open_served", load)
+    monkeypatch.setattr(run.Server, "run", ask)
+    assert run.run(run.Job(Path("x"), Limits()), socket.socket()) == 0
+    assert threads[0] is threads[1] is not threading.main_thread()
+
+
+def test_an_interrupted_start_does_not_wait_for_the_model(served, monkeypatch, capsys):
+    def end(code):
+        raise SystemExit(code)
+
+    def load(path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "open_served", load)
+    monkeypatch.setattr(run.os, "_exit", end)
+    with pytest.raises(SystemExit) as ended:
+        run.run(run.Job(Path("x"), Limits()), socket.socket())
+    assert ended.value.code == 130 and "Interrupted" in capsys.readouterr().err

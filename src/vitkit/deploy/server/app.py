@@ -7,6 +7,7 @@ import hmac
 import logging
 import time
 from collections.abc import AsyncIterator, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import Annotated, Any, TypeVar
 from urllib.parse import quote
@@ -83,7 +84,11 @@ _REFUSALS: dict[int | str, dict[str, Any]] = {
 
 
 def make_app(
-    served: Served, limits: Limits | None = None, api_key: str | None = None, cors: tuple[str, ...] = ()
+    served: Served,
+    limits: Limits | None = None,
+    api_key: str | None = None,
+    cors: tuple[str, ...] = (),
+    model_thread: ThreadPoolExecutor | None = None,
 ) -> FastAPI:
     """Put a model behind HTTP.
 
@@ -93,12 +98,14 @@ def make_app(
         api_key: what ``X-API-Key`` must hold for everything but the page, its documentation and the probes; None lets
             everyone in.
         cors: origins whose pages may call the server, such as ``"https://example.org"``.
+        model_thread: one thread, the one that loaded the model; None starts one. Every thread that PyTorch has computed
+            in keeps helpers of its own, and with more of them than cores none waits awake: a fifth of the model's time.
 
     Returns: an ASGI application; ``app.state.batcher`` is its :class:`~vitkit.deploy.server.batching.Batcher`.
     """
     limits = limits or Limits()
     metrics = Metrics()
-    batcher = Batcher(served, limits, metrics)
+    batcher = Batcher(served, limits, metrics, model_thread)
     held = Held(limits.max_held_bytes)
     labels = served.labels
 

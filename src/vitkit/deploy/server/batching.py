@@ -61,9 +61,12 @@ class Batcher:
         served: the model.
         limits: ``queue``, ``max_wait_ms`` and ``timeout_s`` are read.
         metrics: where batches are counted.
+        model_thread: see :func:`vitkit.deploy.server.make_app`; None starts one.
     """
 
-    def __init__(self, served: Served, limits: Limits, metrics: Metrics) -> None:
+    def __init__(
+        self, served: Served, limits: Limits, metrics: Metrics, model_thread: ThreadPoolExecutor | None = None
+    ) -> None:
         self.served, self.limits, self.metrics = served, limits, metrics
         #: no more requests are taken
         self.closing = False
@@ -74,7 +77,7 @@ class Batcher:
         self._waiting: dict[_Waiting, None] = {}
         self._arrived = asyncio.Event()
         self._turn = asyncio.Lock()
-        self._model = ThreadPoolExecutor(1, "vitkit-model")
+        self._model = model_thread or ThreadPoolExecutor(1, "vitkit-model")
         decoders = min(4, os.cpu_count() or 1)
         self._decoders = ThreadPoolExecutor(decoders, "vitkit-decode")
         self._free_decoders = asyncio.Semaphore(decoders)

@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import wait
@@ -97,8 +98,14 @@ def run(job: Job, listener: socket.socket, address: str = "") -> int:
 
     Returns: the exit code: 0. The process ends with 1 if something it took could not be finished in time.
     """
-    served = open_served(job.path)
-    app = make_app(served, job.limits, job.api_key, job.cors)
+    model_thread = ThreadPoolExecutor(1, "vitkit-model")
+    try:
+        served = model_thread.submit(open_served, job.path).result()
+    except KeyboardInterrupt:
+        # a normal exit would wait until the model is loaded
+        print("Interrupted.", file=sys.stderr, flush=True)
+        os._exit(130)
+    app = make_app(served, job.limits, job.api_key, job.cors, model_thread)
     said = f"Serving {served.name} ({served.task}) on {address}\nThe API is described at {address}/docs. Ctrl+C stops."
     # every malformed request would be a line in the log; its sender gets the sentence, and /metrics counts it
     logging.getLogger("python_multipart").setLevel(logging.ERROR)
