@@ -8,7 +8,7 @@ from vitkit.after_timm import watch
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "build", "rehost", "swap"]
+__all__ = ["__version__", "build", "deploy", "rehost", "swap"]
 
 _LAZY = {
     "build": "vitkit.models.build",
@@ -17,6 +17,7 @@ _LAZY = {
 }
 
 if TYPE_CHECKING:
+    from vitkit import deploy
     from vitkit.models.build import build
     from vitkit.models.rehost import rehost
     from vitkit.models.swap import swap
@@ -24,10 +25,13 @@ if TYPE_CHECKING:
 
 def __getattr__(name: str) -> Any:
     # torch and timm take seconds to import; `vitkit --help` must not pay for them
-    if name in _LAZY:
-        from importlib import import_module
+    from importlib import import_module
 
+    if name in _LAZY:
         return getattr(import_module(_LAZY[name]), name)
+    if name == "deploy":
+        # a package that can be called
+        return import_module("vitkit.deploy")
     raise AttributeError(f"module 'vitkit' has no attribute {name!r}")
 
 

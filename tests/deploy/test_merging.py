@@ -8,6 +8,7 @@ from vitkit.anatomy import host
 from vitkit.compress.merge.dymu import MergeAbove, count_tokens, dymu
 from vitkit.compress.merge.tome import MergeTokens, tome
 from vitkit.deploy.merging import DenseMerge, DenseMergeAbove, dense_merges, ranks
+from vitkit.models.build import build
 from vitkit.testing.worlds import tiny_vit
 
 
@@ -25,6 +26,30 @@ def test_dense_merging_answers_like_token_merging(prefix, proportional):
     x = torch.rand(4, 1, 8, 8, dtype=torch.float64)
     with torch.no_grad():
         torch.testing.assert_close(dense(x), merged(x))
+
+
+@pytest.mark.parametrize("kind", ["mixed", "axial"])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_rotary_positions_follow_dense_merging(kind, dynamic):
+    torch.manual_seed(0)
+    vit = tiny_vit(16, 2, 1, 10, depth=3, position=("rope2d", {"kind": kind}), reg_tokens=1).double().eval()
+    torch.nn.init.normal_(vit.head.weight)
+    images = uneven(12)
+    merged = dymu(vit, images, target_tokens=30)[0] if dynamic else tome(vit, r=9)[0]
+    dense = dense_merges(merged, images.numpy())
+    with torch.no_grad():
+        torch.testing.assert_close(dense(images), merged(images))
+
+
+def test_hosts_that_turn_by_tables_export_merged():
+    eva = build("eva02_tiny_patch14_224", img_size=56, num_classes=5).eval()
+    torch.nn.init.normal_(eva.head.weight)
+    merged, _ = tome(eva, r=3)
+    images = torch.rand(2, 3, 56, 56)
+    dense = dense_merges(merged, images.numpy())
+    graph = torch.export.export(dense, (images,)).module()
+    with torch.no_grad():
+        torch.testing.assert_close(graph(images), merged(images), rtol=1e-4, atol=1e-4)
 
 
 def test_a_model_that_merges_nothing_is_returned_as_it_is(model):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 __all__ = ["Artefact", "deploy", "load"]
@@ -24,3 +26,12 @@ def __getattr__(name: str) -> Any:
 
         return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'vitkit.deploy' has no attribute {name!r}")
+
+
+class _Callable(ModuleType):
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        """``vitkit.deploy(model, images)`` means ``vitkit.deploy.deploy(model, images)``."""
+        return self.deploy(*args, **options)
+
+
+sys.modules[__name__].__class__ = _Callable

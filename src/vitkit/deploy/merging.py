@@ -26,8 +26,6 @@ from vitkit.compress.merge.tome import MergeTokens
 from vitkit.errors import BadInput
 from vitkit.models.layout import TokenLayout
 
-_PYTORCH_ONLY = "merged tokens of a model with rotary positions or padding run in PyTorch only."
-
 
 class DenseMerge(nn.Module):
     """What :class:`vitkit.compress.merge.tome.MergeTokens` computes, for sequences without padding.
@@ -38,7 +36,7 @@ class DenseMerge(nn.Module):
         num_merges, proportional: as there.
 
     Shape: (B, P+N, D), keys (B, H, P+N, d), layout → (B, P+N−r, D), layout.
-    Raises: BadInput where positions follow the notes that are left out here.
+    Raises: BadInput for padded tokens.
     """
 
     def __init__(self, num_merges: int, proportional: bool) -> None:
@@ -46,8 +44,8 @@ class DenseMerge(nn.Module):
         self.num_merges, self.proportional = num_merges, proportional
 
     def forward(self, x: Tensor, keys: Tensor, layout: TokenLayout) -> tuple[Tensor, TokenLayout]:
-        if layout.rotation is not None or layout.valid is not None:
-            raise BadInput(_PYTORCH_ONLY)
+        if layout.valid is not None:
+            raise BadInput("tokens of a padded batch that a fixed number of merges joins run in PyTorch only.")
         num_prefix = layout.num_prefix
         first = num_prefix % 2
         rows_a, rows_b = x[:, num_prefix + first :: 2], x[:, num_prefix + 1 - first :: 2]
@@ -72,9 +70,12 @@ class DenseMerge(nn.Module):
         sizes = weight.sum(-1) + F.pad(size_b, (stay, 0))
         # means, not sums: the long rows are multiplied once
         weight = weight / sizes.unsqueeze(-1)
-        into_b = torch.bmm(weight[:, stay:], rows_a) + rows_b * (size_b / sizes[:, stay:]).unsqueeze(-1)
+        own = (size_b / sizes[:, stay:]).unsqueeze(-1)
+        into_b = torch.bmm(weight[:, stay:], rows_a) + rows_b * own
         tokens = torch.cat([x[:, :num_prefix], torch.bmm(weight[:, :stay], rows_a), into_b], 1)
-        layout = layout.replace(sizes=sizes)
+        places_a, places_b = _split(layout.coordinates(x.device, weight.dtype), x.shape[0], first, weight.dtype)
+        coords = torch.bmm(weight, places_a) + F.pad(places_b * own, (0, 0, stay, 0))
+        layout = layout.replace(sizes=sizes, coords=coords)
         return tokens, layout if self.proportional else without_size_bias(layout)
 
 
@@ -87,7 +88,6 @@ class DenseMergeAbove(nn.Module):
             fewer is padded at the tail.
 
     Shape: (B, P+N, D), keys (B, H, P+N, d), layout → (B, P+room, D), layout.
-    Raises: BadInput where positions follow the notes that are left out here.
     """
 
     threshold: Tensor
@@ -98,8 +98,6 @@ class DenseMergeAbove(nn.Module):
         self.max_merges, self.proportional, self.room = merger.max_merges, merger.proportional, room
 
     def forward(self, x: Tensor, keys: Tensor, layout: TokenLayout) -> tuple[Tensor, TokenLayout]:
-        if layout.rotation is not None:
-            raise BadInput(_PYTORCH_ONLY)
         num_prefix = layout.num_prefix
         if x.shape[1] - num_prefix < 2:
             return x, layout
@@ -125,9 +123,17 @@ class DenseMergeAbove(nn.Module):
             weight = weight * size[:, None].to(x.dtype)
         sizes = weight.sum(-1)
         # rows of size 0 are padding and stay 0
-        tokens = torch.cat([prefix, torch.bmm(weight / sizes.clamp(min=1e-6).unsqueeze(-1), rows)], 1)
-        layout = layout.replace(sizes=sizes, valid=places < place[:, -1:] + 1)
+        weight = weight / sizes.clamp(min=1e-6).unsqueeze(-1)
+        tokens = torch.cat([prefix, torch.bmm(weight, rows)], 1)
+        coords = torch.cat(_split(layout.coordinates(x.device, weight.dtype), x.shape[0], first, weight.dtype), 1)
+        layout = layout.replace(sizes=sizes, coords=torch.bmm(weight, coords), valid=places < place[:, -1:] + 1)
         return tokens, layout if self.proportional else without_size_bias(layout)
+
+
+def _split(coords: Tensor, batch: int, first: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Coordinates (N, 2) or (B, N, 2) of the rows of A and of B, each (B, …, 2)."""
+    places = coords.to(dtype).expand(batch, -1, -1)
+    return places[:, first::2], places[:, 1 - first :: 2]
 
 
 def ranks(score: Tensor) -> Tensor:
