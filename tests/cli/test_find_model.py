@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from vitkit.cli.find_model import find_model
@@ -12,6 +14,9 @@ from vitkit.study.results import DataReport, Interval, RecipeResult, StudyResult
 def test_paths_without_a_model(tmp_path):
     with pytest.raises(BadInput, match="There is no folder"):
         find_model(tmp_path / "gone")
+    for network in ("vit_small_patch16_224", "vit_small_patch16_224.augreg_in21k_ft_in1k", "hgvt_tiny"):
+        with pytest.raises(BadInput, match=f"{network} names a network .* --recipes {network}"):
+            find_model(Path(network))
     (tmp_path / "x").write_text("")
     with pytest.raises(BadInput, match="is a file"):
         find_model(tmp_path / "x")

@@ -13,6 +13,13 @@ def find_model(path: Path) -> Path:
     from vitkit.errors import BadInput
 
     if not path.exists():
+        import timm
+
+        if timm.is_model(str(path)):
+            raise BadInput(
+                f"{path} names a network and no folder, so it has no weights yet: `vitkit study DATA --recipes {path}` "
+                "trains one, and in Python vitkit.deploy(model, images) takes any that is trained."
+            )
         raise BadInput(f"There is no folder {path}.")
     if not path.is_dir():
         raise BadInput(f"{path} is a file; give the folder of a model or of a study.")
