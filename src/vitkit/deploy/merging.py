@@ -1,8 +1,9 @@
 """Token merging as an engine runs it best: a handful of dense operations in place of sorting, gathering, scattering.
 
 PyTorch's form (:mod:`vitkit.compress.merge.matching`) adds rows by index, which engines convert badly or run one by
-one. Here the rows of A move by one product with a matrix of zeros and ones, which costs a few percent of a block, and
-nothing is noted that only an explanation would read (where each patch went).
+one. Here whole rows are copied and those that merge move by one small product with a matrix of zeros and ones; nothing
+is noted that only an explanation would read (where each patch went). Coordinates follow, since rotary positions turn a
+merged token by its mean place; exporters leave them out where nobody reads them.
 
 A graph has one number of rows in each place. Where images keep as many tokens as they need (DyMU), it has room for the
 most that any calibration image kept, and the rest is padding; an image that would keep still more merges its most
@@ -17,7 +18,6 @@ from copy import deepcopy
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from vitkit.anatomy.host import find_host
 from vitkit.compress.merge.dymu import MergeAbove, above, edges
@@ -48,34 +48,46 @@ class DenseMerge(nn.Module):
             raise BadInput("tokens of a padded batch that a fixed number of merges joins run in PyTorch only.")
         num_prefix = layout.num_prefix
         first = num_prefix % 2
-        rows_a, rows_b = x[:, num_prefix + first :: 2], x[:, num_prefix + 1 - first :: 2]
-        num_a, num_patches = rows_a.shape[1], x.shape[1] - num_prefix
+        rows_b, num_patches = x[:, num_prefix + 1 - first :: 2], x.shape[1] - num_prefix
+        num_b = rows_b.shape[1]
+        num_a = num_patches - num_b
         num_merges = min(self.num_merges, num_patches // 2)
         if num_merges == 0:
             return x, layout
-        num_kept = num_patches - num_merges
-        stay = num_kept - rows_b.shape[1]
         # products and roots as they stand: exporters write `@` and F.normalize with copies of both factors
-        metric = keys.mean(1)[:, num_prefix:]
-        unit = metric * (metric * metric).sum(-1, keepdim=True).clamp(min=1e-24).rsqrt()
-        score, partner = torch.bmm(unit[:, first::2], unit[:, 1 - first :: 2].mT).max(-1)
-        merged = ranks(score) < num_merges
-        places = torch.arange(num_kept, device=x.device)
-        to_a = torch.where(merged, partner + stay, places[:num_a] - merged.to(torch.int64).cumsum(1))
-        weight = (to_a[:, None, :] == places[:, None]).to(x.dtype)
-        size_b = x.new_ones(x.shape[0], rows_b.shape[1])
+        metric = keys.mean(1)
+        # as one long list of rows: of three axes, OpenVINO would turn the last two around and back
+        flat = metric.flatten(0, 1)
+        unit = (flat * (flat * flat).sum(-1, keepdim=True).clamp(min=1e-24).rsqrt()).view_as(metric)
+
+        def every_second(start: int) -> Tensor:
+            return _rows(unit, torch.arange(start, x.shape[1], 2, device=x.device).expand(x.shape[0], -1))
+
+        score, partner = torch.bmm(every_second(num_prefix + first), every_second(num_prefix + 1 - first).mT).max(-1)
+        # A in a new order: the rows that merge, then those that stay, in the order of the image
+        place, rank = torch.arange(num_a, device=x.device), ranks(score)
+        merged = rank < num_merges
+        order = torch.where(merged, rank, num_merges - 1 + (~merged).to(torch.int64).cumsum(1))
+        index = torch.where(order[:, None, :] == place[:, None], place, 0).sum(-1)
+        rows_a = _rows(x, num_prefix + first + 2 * index)
+        target = partner.gather(1, index[:, :num_merges])
+        weight = (target[:, None, :] == torch.arange(num_b, device=x.device)[:, None]).to(x.dtype)
+        size_a, size_b = x.new_ones(rows_a.shape[:2]), x.new_ones(rows_b.shape[:2])
         if layout.sizes is not None:
-            weight = weight * layout.sizes[:, None, first::2].to(x.dtype)
+            size_a = layout.sizes[:, first::2].to(x.dtype).gather(1, index)
             size_b = layout.sizes[:, 1 - first :: 2].to(x.dtype)
-        sizes = weight.sum(-1) + F.pad(size_b, (stay, 0))
+            weight = weight * size_a[:, None, :num_merges]
+        size = weight.sum(-1) + size_b
         # means, not sums: the long rows are multiplied once
-        weight = weight / sizes.unsqueeze(-1)
-        own = (size_b / sizes[:, stay:]).unsqueeze(-1)
-        into_b = torch.bmm(weight[:, stay:], rows_a) + rows_b * own
-        tokens = torch.cat([x[:, :num_prefix], torch.bmm(weight[:, :stay], rows_a), into_b], 1)
-        places_a, places_b = _split(layout.coordinates(x.device, weight.dtype), x.shape[0], first, weight.dtype)
-        coords = torch.bmm(weight, places_a) + F.pad(places_b * own, (0, 0, stay, 0))
-        layout = layout.replace(sizes=sizes, coords=coords)
+        weight, own = weight / size.unsqueeze(-1), (size_b / size).unsqueeze(-1)
+        coords = layout.coordinates(x.device, x.dtype).to(x.dtype).expand(x.shape[0], -1, -1)
+
+        def after(rows_a: Tensor, rows_b: Tensor) -> list[Tensor]:
+            return [rows_a[:, num_merges:], torch.bmm(weight, rows_a[:, :num_merges]) + rows_b * own]
+
+        tokens = torch.cat([x[:, :num_prefix], *after(rows_a, rows_b)], 1)
+        coords = torch.cat(after(_rows(coords, first + 2 * index), coords[:, 1 - first :: 2]), 1)
+        layout = layout.replace(sizes=torch.cat([size_a[:, num_merges:], size], 1), coords=coords)
         return tokens, layout if self.proportional else without_size_bias(layout)
 
 
@@ -125,15 +137,17 @@ class DenseMergeAbove(nn.Module):
         # rows of size 0 are padding and stay 0
         weight = weight / sizes.clamp(min=1e-6).unsqueeze(-1)
         tokens = torch.cat([prefix, torch.bmm(weight, rows)], 1)
-        coords = torch.cat(_split(layout.coordinates(x.device, weight.dtype), x.shape[0], first, weight.dtype), 1)
+        coords = layout.coordinates(x.device, x.dtype).to(x.dtype).expand(x.shape[0], -1, -1)
+        coords = torch.cat([coords[:, first::2], coords[:, 1 - first :: 2]], 1)
         layout = layout.replace(sizes=sizes, coords=torch.bmm(weight, coords), valid=places < place[:, -1:] + 1)
         return tokens, layout if self.proportional else without_size_bias(layout)
 
 
-def _split(coords: Tensor, batch: int, first: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Coordinates (N, 2) or (B, N, 2) of the rows of A and of B, each (B, …, 2)."""
-    places = coords.to(dtype).expand(batch, -1, -1)
-    return places[:, first::2], places[:, 1 - first :: 2]
+def _rows(x: Tensor, index: Tensor) -> Tensor:
+    """Rows (B, K, D) of x (B, N, D) at index (B, K): whole rows of one long list, which engines copy in one piece."""
+    batch, rows, width = x.shape
+    flat = index + rows * torch.arange(batch, device=x.device)[:, None]
+    return x.reshape(-1, width).index_select(0, flat.flatten()).view(batch, -1, width)
 
 
 def ranks(score: Tensor) -> Tensor:
