@@ -32,7 +32,7 @@ class Softmax(nn.Module):
         if mask is not None:
             s = s.masked_fill(~mask, -torch.inf)
         lowest = torch.finfo(s.dtype).min
-        # A look at one key saves two passes over the scores; on a GPU it would wait for them
+        # a look at one key saves two passes over the scores; on a GPU it would wait for them
         if s.is_cpu and values_known(s) and bool((s[..., 0] > lowest).all()):
             return s.softmax(-1).to(scores.dtype)
         # a row of -inf alone would give NaN: the lowest number makes it uniform, then it is zeroed
