@@ -133,4 +133,4 @@ def test_if_one_process_cannot_serve_all_end(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     process, _, _ = start(tmp_path, "--workers", "2")
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 1 and "base = None must be the name of a network" in errors and "Traceback" not in errors
+    assert process.returncode == 1 and "base = None must be the name" in errors and "Traceback" not in errors
