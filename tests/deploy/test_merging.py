@@ -115,3 +115,13 @@ def test_an_image_that_needs_more_room_merges_its_best_pairs():
 def test_ranks_are_places_in_a_stable_sort():
     score = torch.tensor([[0.5, 0.9, 0.5, -torch.inf, 1.0]])
     assert ranks(score).tolist() == [[2, 1, 3, 4, 0]]
+
+
+def test_values_that_are_no_numbers_stay_so_and_break_nothing():
+    vit = tiny_vit(8, 2, 1, 10, depth=2).eval()
+    dense = dense_merges(tome(vit, r=3)[0], np.zeros((1, 1, 8, 8)))
+    images = torch.rand(2, 1, 8, 8)
+    images[0] = torch.nan
+    with torch.no_grad():
+        logits = dense(images)
+    assert logits[0].isnan().all() and logits[1].isfinite().all()

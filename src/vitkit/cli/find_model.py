@@ -13,9 +13,7 @@ def find_model(path: Path) -> Path:
     from vitkit.errors import BadInput
 
     if not path.exists():
-        import timm
-
-        if timm.is_model(str(path)):
+        if len(path.parts) == 1 and _is_network(str(path)):
             raise BadInput(
                 f"{path} names a network and no folder, so it has no weights yet: `vitkit study DATA --recipes {path}` "
                 "trains one, and in Python vitkit.deploy(model, images) takes any that is trained."
@@ -36,3 +34,10 @@ def find_model(path: Path) -> Path:
         if recipe.model_dir and (path / recipe.model_dir / "config.json").is_file():
             return path / recipe.model_dir
     raise BadInput(f"The study {path} has no model that finished; run it again, or give the folder of a model.")
+
+
+def _is_network(name: str) -> bool:
+    # takes seconds, which only a word without slashes is worth
+    import timm
+
+    return timm.is_model(name)

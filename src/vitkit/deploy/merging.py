@@ -68,7 +68,8 @@ class DenseMerge(nn.Module):
         place, rank = torch.arange(num_a, device=x.device), ranks(score)
         merged = rank < num_merges
         order = torch.where(merged, rank, num_merges - 1 + (~merged).to(torch.int64).cumsum(1))
-        index = torch.where(order[:, None, :] == place[:, None], place, 0).sum(-1)
+        # the largest of one: scores that are no numbers tie, and a sum of places would lie outside
+        index = torch.where(order[:, None, :] == place[:, None], place, 0).amax(-1)
         rows_a = _rows(x, num_prefix + first + 2 * index)
         target = partner.gather(1, index[:, :num_merges])
         weight = (target[:, None, :] == torch.arange(num_b, device=x.device)[:, None]).to(x.dtype)

@@ -59,3 +59,8 @@ def test_a_broken_model_is_seen_and_an_empty_batch_stays_empty() -> None:
 def test_eps_must_be_positive() -> None:
     with pytest.raises(BadInput, match="eps=0"):
         NormSoftmax(eps=0)
+
+
+def test_it_maps_over_a_batch() -> None:
+    scores = torch.randn(3, 1, 2, 4, 4)
+    torch.testing.assert_close(torch.vmap(NormSoftmax())(scores), torch.stack([NormSoftmax()(s) for s in scores]))

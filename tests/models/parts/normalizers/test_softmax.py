@@ -85,3 +85,8 @@ def test_it_has_a_name() -> None:
     named.load_state_dict(plain.state_dict())
     images = torch.rand(3, 1, 8, 8)
     torch.testing.assert_close(named(images), plain(images), rtol=0, atol=1e-5)
+
+
+def test_it_maps_over_a_batch() -> None:
+    scores = torch.randn(3, 1, 2, 4, 4)
+    torch.testing.assert_close(torch.vmap(Softmax())(scores), torch.stack([Softmax()(s) for s in scores]))

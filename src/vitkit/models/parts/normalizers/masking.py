@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from vitkit.errors import BadInput
 
@@ -50,8 +51,8 @@ def refuse_forbidden(scores: Tensor, who: str) -> None:
 def values_known(scores: Tensor) -> bool:
     """Whether Python may branch on the values: not while a graph is recorded for values that come later."""
     recording = torch.compiler.is_compiling() or torch.jit.is_tracing() or scores.is_meta
-    # subclasses of tensors stand for values that are not known yet
-    return not recording and type(scores) is Tensor
+    # subclasses of tensors stand for values that are not known yet, and vmap's tensors for one of many
+    return not recording and type(scores) is Tensor and not is_functorch_wrapped_tensor(scores)
 
 
 def full_precision(scores: Tensor) -> Tensor:
